@@ -1,0 +1,288 @@
+//! What goes into the engine and what comes out: plain data, shared with the HTTP interface.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::Error;
+use crate::sandbox::{SandboxId, SandboxSpec};
+
+/// Where an answer goes. Called exactly once, from whichever engine thread has it; must not block.
+pub type Reply<T> = Box<dyn FnOnce(Result<T, Error>) + Send>;
+
+/// What `create` takes.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct CreateRequest {
+    /// Its name; generated when absent.
+    #[serde(default)]
+    pub name: Option<SandboxId>,
+    /// What it is to be.
+    #[serde(flatten)]
+    pub spec: SandboxSpec,
+}
+
+/// Whether a sandbox has processes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case", tag = "state")]
+pub enum SandboxState {
+    /// Its init runs and takes commands.
+    Running,
+    /// It has no processes; its files are still there.
+    Dead {
+        /// What ended it.
+        reason: String,
+    },
+}
+
+/// A sandbox as `ls` and `inspect` show it.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct SandboxReport {
+    /// Its name.
+    pub id: SandboxId,
+    /// Whether it runs.
+    #[serde(flatten)]
+    pub state: SandboxState,
+    /// What it was asked to be.
+    pub spec: SandboxSpec,
+    /// When it was created, milliseconds since the Unix epoch.
+    pub created_unix_ms: u64,
+    /// PID of its init on the host, while it runs.
+    pub init_pid: Option<i32>,
+    /// Its cgroup directory on the host.
+    #[schema(value_type = String)]
+    pub cgroup: PathBuf,
+    /// The live layer's directory in the store.
+    #[schema(value_type = String)]
+    pub live_layer: PathBuf,
+    /// How long `create` took, microseconds, from the request to a ready init.
+    pub create_us: u64,
+}
+
+/// One process of a sandbox, as `ps` shows it.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ProcessReport {
+    /// PID inside the sandbox.
+    pub pid: u32,
+    /// Its parent's PID inside; 0 when the parent is outside.
+    pub ppid: u32,
+    /// PID on the host.
+    pub host_pid: i32,
+    /// User inside.
+    pub uid: u32,
+    /// One letter as in ps(1): R, S, D, T, t, Z.
+    pub state: String,
+    /// Number of threads.
+    pub n_threads: u32,
+    /// Resident memory in bytes.
+    pub rss_bytes: u64,
+    /// Command line, joined by spaces; the name in brackets when it has none.
+    pub command: String,
+}
+
+/// A terminal's size in characters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct WindowSize {
+    /// Lines.
+    pub rows: u16,
+    /// Columns.
+    pub cols: u16,
+}
+
+/// What a command's standard streams are connected to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum Stdio {
+    /// Three pipes to the client.
+    Pipes {
+        /// Whether the command has a standard input; without, it reads end of file at once.
+        stdin: bool,
+    },
+    /// A terminal of the sandbox, controlled by the client.
+    Pty {
+        /// Its first size.
+        size: WindowSize,
+    },
+    /// No input; standard output and error go to the command's log.
+    Log,
+}
+
+/// What becomes of a command whose client disappears without saying goodbye.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnDisconnect {
+    /// Its process group gets SIGHUP, then SIGKILL if it is still there after five seconds.
+    #[default]
+    End,
+    /// It goes on; what it prints goes to its log, and a client may attach again.
+    Leave,
+}
+
+/// What `exec` takes.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ExecRequest {
+    /// Program and arguments; looked up along PATH unless it holds a slash.
+    pub argv: Vec<String>,
+    /// `KEY=VALUE` on top of the sandbox's own environment.
+    #[serde(default)]
+    pub env: Vec<String>,
+    /// Working directory inside; `/` when absent.
+    #[serde(default)]
+    pub cwd: Option<String>,
+    /// User inside.
+    #[serde(default)]
+    pub uid: u32,
+    /// Group inside; the same number as `uid` when absent.
+    #[serde(default)]
+    pub gid: Option<u32>,
+    /// Its standard streams.
+    pub stdio: Stdio,
+    /// What happens when the client disappears.
+    #[serde(default)]
+    pub on_disconnect: OnDisconnect,
+}
+
+/// How a command ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case", tag = "how")]
+pub enum Exit {
+    /// By itself, with this status (0 to 255).
+    Exited {
+        /// Its exit status.
+        status: u8,
+    },
+    /// By a signal.
+    Signaled {
+        /// The signal's number.
+        signal: u8,
+        /// Whether a core was dumped.
+        core_dumped: bool,
+    },
+    /// Unknown: the sandbox ended under it (killed, removed, out of memory).
+    Lost,
+}
+
+impl Exit {
+    /// The status a shell would report: 128 + signal for a signal, 137 when the sandbox was lost.
+    pub fn shell_status(self) -> u8 {
+        match self {
+            Self::Exited { status } => status,
+            Self::Signaled { signal, .. } => 128_u8.saturating_add(signal),
+            Self::Lost => 137,
+        }
+    }
+}
+
+/// One command that a sandbox holds.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ExecReport {
+    /// PID inside.
+    pub pid: u32,
+    /// Program and arguments.
+    pub argv: Vec<String>,
+    /// Its standard streams.
+    pub stdio: Stdio,
+    /// What happens when its client disappears.
+    pub on_disconnect: OnDisconnect,
+    /// Whether a client is attached.
+    pub attached: bool,
+    /// When it was started, milliseconds since the Unix epoch.
+    pub started_unix_ms: u64,
+    /// How it ended, once it has.
+    pub exit: Option<Exit>,
+}
+
+/// The log of one command.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct LogReport {
+    /// PID inside of the command.
+    pub pid: u32,
+    /// The file on the host.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+    /// Its size in bytes.
+    pub len_bytes: u64,
+    /// Whether the command may still write to it.
+    pub live: bool,
+}
+
+/// An imported base.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct BaseReport {
+    /// Its name.
+    pub name: String,
+    /// Regular files, directories, links and devices in it.
+    pub n_entries: u64,
+    /// Bytes of file content.
+    pub len_bytes: u64,
+    /// When it was imported, milliseconds since the Unix epoch.
+    pub imported_unix_ms: u64,
+    /// What it was imported from.
+    pub source: String,
+    /// What could not be kept as it was, one sentence each.
+    pub notes: Vec<String>,
+}
+
+/// The host's ends of a command's streams: non-blocking, close-on-exec.
+#[derive(Debug)]
+pub enum Streams {
+    /// Three pipes.
+    Pipes {
+        /// Write end; close it for end of file. `None` if the command was started without input.
+        stdin: Option<OwnedFd>,
+        /// Read end.
+        stdout: OwnedFd,
+        /// Read end.
+        stderr: OwnedFd,
+    },
+    /// The terminal's master: read, write, TIOCSWINSZ.
+    Pty {
+        /// The master.
+        master: OwnedFd,
+    },
+    /// Nothing to read: the engine writes the log.
+    Log,
+}
+
+/// A client's hold on a command. Dropping it tells the driver that the client is gone: a running command
+/// is ended or left by its [`OnDisconnect`], an ended one is forgotten.
+pub struct Attachment {
+    /// PID inside.
+    pub pid: u32,
+    /// The command's streams; at most one attachment has them at a time.
+    pub streams: Streams,
+    pub(super) on_drop: Option<Box<dyn FnOnce(Departure) + Send>>,
+}
+
+/// How a client went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Departure {
+    /// It vanished (or the command has ended and all was read).
+    Gone,
+    /// It said that the command is to go on without it.
+    Detached,
+}
+
+impl Attachment {
+    /// Lets the command go on, whatever its [`OnDisconnect`] says.
+    pub fn detach(mut self) {
+        if let Some(tell) = self.on_drop.take() {
+            tell(Departure::Detached);
+        }
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        if let Some(tell) = self.on_drop.take() {
+            tell(Departure::Gone);
+        }
+    }
+}
+
+impl std::fmt::Debug for Attachment {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Attachment").field("pid", &self.pid).field("streams", &self.streams).finish_non_exhaustive()
+    }
+}

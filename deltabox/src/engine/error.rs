@@ -1,0 +1,152 @@
+//! What the engine answers when it does not do what was asked, with the aftermath in the text.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::sandbox::SandboxId;
+
+/// How a failure is to be taken by the caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The request itself is wrong.
+    Invalid,
+    /// What it names does not exist.
+    NotFound,
+    /// What it wants to make exists already, or is in the wrong state for this.
+    Conflict,
+    /// Understood and possible in principle, but not here or not now.
+    Refused,
+    /// The machine failed us.
+    Failed,
+}
+
+/// A request that was not carried out. Unless the text says otherwise everything is as before.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A field of the request makes no sense.
+    #[error("{what}: {why}")]
+    Invalid {
+        /// Which field.
+        what: &'static str,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// No such sandbox.
+    #[error("no sandbox `{id}`")]
+    NoSandbox {
+        /// What was named.
+        id: String,
+    },
+    /// No such command in the sandbox.
+    #[error("sandbox `{id}` holds no command with pid {pid}")]
+    NoExec {
+        /// The sandbox.
+        id: SandboxId,
+        /// PID inside.
+        pid: u32,
+    },
+    /// No such imported base.
+    #[error("no image `{name}`")]
+    NoBase {
+        /// What was named.
+        name: String,
+    },
+    /// The name is taken.
+    #[error("{what} `{name}` exists already")]
+    Exists {
+        /// A sandbox or an image.
+        what: &'static str,
+        /// The name.
+        name: String,
+    },
+    /// The sandbox has no processes.
+    #[error("sandbox `{id}` is dead: {reason}")]
+    Dead {
+        /// The sandbox.
+        id: SandboxId,
+        /// What ended it.
+        reason: String,
+    },
+    /// The command could not be started; the sandbox is as before.
+    #[error("start `{program}` in `{id}`: {step}: {source}")]
+    Start {
+        /// The sandbox.
+        id: SandboxId,
+        /// The program asked for.
+        program: String,
+        /// The step that failed: `execve`, `chdir`, `setuid`, ...
+        step: &'static str,
+        /// The kernel's word.
+        source: io::Error,
+    },
+    /// Not possible here; `hint` says what would make it so.
+    #[error("{what}: {why}")]
+    Refused {
+        /// What was asked.
+        what: String,
+        /// Why not.
+        why: String,
+        /// What to do.
+        hint: String,
+    },
+    /// A system call or file operation failed.
+    #[error("{op} {path}: {source}", path = path.display())]
+    Io {
+        /// What was being done.
+        op: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The kernel's word.
+        source: io::Error,
+    },
+    /// The driver thread of the sandbox is gone.
+    #[error("the engine is shutting down")]
+    ShuttingDown,
+}
+
+impl Error {
+    /// How it is to be taken.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Invalid { .. } | Self::Start { .. } => Kind::Invalid,
+            Self::NoSandbox { .. } | Self::NoExec { .. } | Self::NoBase { .. } => Kind::NotFound,
+            Self::Exists { .. } | Self::Dead { .. } => Kind::Conflict,
+            Self::Refused { .. } => Kind::Refused,
+            Self::Io { .. } | Self::ShuttingDown => Kind::Failed,
+        }
+    }
+
+    /// A stable word for programs.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Invalid { .. } => "invalid",
+            Self::NoSandbox { .. } => "no_sandbox",
+            Self::NoExec { .. } => "no_exec",
+            Self::NoBase { .. } => "no_image",
+            Self::Exists { .. } => "exists",
+            Self::Dead { .. } => "dead",
+            Self::Start { .. } => "start_failed",
+            Self::Refused { .. } => "refused",
+            Self::Io { .. } => "io",
+            Self::ShuttingDown => "shutting_down",
+        }
+    }
+
+    /// What the user can do about it.
+    pub fn hint(&self) -> String {
+        match self {
+            Self::Invalid { .. } => "see `deltabox help`".to_owned(),
+            Self::NoSandbox { .. } => "`deltabox ls` shows the sandboxes".to_owned(),
+            Self::NoExec { .. } => "`deltabox inspect SANDBOX` shows its commands".to_owned(),
+            Self::NoBase { .. } => "`deltabox image ls` shows the images".to_owned(),
+            Self::Exists { what, .. } => format!("choose another name, or remove that {what} first"),
+            Self::Dead { .. } => "its files are still there; `deltabox rm` removes it".to_owned(),
+            Self::Start { .. } => "check the program, working directory and user; the sandbox is as before".to_owned(),
+            Self::Refused { hint, .. } => hint.clone(),
+            Self::Io { .. } => {
+                "see the daemon's log in the store directory; `deltabox doctor` checks the machine".to_owned()
+            }
+            Self::ShuttingDown => "try again".to_owned(),
+        }
+    }
+}

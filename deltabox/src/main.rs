@@ -1,0 +1,3 @@
+//! The `deltabox` command.
+
+fn main() {}

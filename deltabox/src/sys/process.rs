@@ -1,0 +1,126 @@
+//! Making processes and holding them: clone3 into namespaces and cgroups, pidfd, exec by descriptor.
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+
+use super::{check, check_fd};
+
+/// The kernel's `struct clone_args` (88 bytes, since Linux 5.7).
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default)]
+struct CloneArgs {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+/// From the kernel (include/uapi/linux/sched.h); libc's constant is too narrow for it.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// What a new process gets that a plain fork would not give.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CloneRequest<'a> {
+    /// `CLONE_NEW*` flags, `CLONE_NEWTIME` included.
+    pub namespaces: u64,
+    /// Directory descriptor of the cgroup it is born into.
+    pub cgroup: Option<BorrowedFd<'a>>,
+    /// The PID it gets in its innermost namespace.
+    pub set_tid: Option<libc::pid_t>,
+}
+
+/// A process made by [`clone_process`].
+#[derive(Debug)]
+pub struct Child {
+    /// Its PID as the caller sees it.
+    pub pid: libc::pid_t,
+    /// A descriptor that cannot be taken over by another process of that number.
+    pub pidfd: OwnedFd,
+}
+
+/// Forks with `request`'s extras. The child runs `child` and exits with what it returns.
+///
+/// # Safety
+/// The child of a multi-threaded program: `child` may only make system calls on memory prepared before
+/// (no allocation, no locks, no unwinding), as after fork(2) in general.
+pub unsafe fn clone_process(request: CloneRequest<'_>, child: impl FnOnce() -> i32) -> io::Result<Child> {
+    let mut pidfd: RawFd = -1;
+    let set_tid = request.set_tid.unwrap_or(0);
+    let mut args = CloneArgs {
+        flags: request.namespaces | u64::from(libc::CLONE_PIDFD.cast_unsigned()),
+        pidfd: (&raw mut pidfd) as u64,
+        exit_signal: u64::from(libc::SIGCHLD.cast_unsigned()),
+        ..CloneArgs::default()
+    };
+    if let Some(cgroup) = request.cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = u64::from(cgroup.as_raw_fd().cast_unsigned());
+    }
+    if request.set_tid.is_some() {
+        args.set_tid = (&raw const set_tid) as u64;
+        args.set_tid_size = 1;
+    }
+    // SAFETY: no stack is given, so this is a fork: the child continues on its own copy of this stack;
+    // `args` and what it points to live through the call.
+    let ret = check(unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) })?;
+    if ret == 0 {
+        let status = child();
+        // SAFETY: ends the child without running the parent's exit handlers.
+        unsafe { libc::_exit(status) }
+    }
+    let pid = libc::pid_t::try_from(ret).map_err(|_| io::Error::from_raw_os_error(libc::ERANGE))?;
+    Ok(Child { pid, pidfd: check_fd(pidfd.into())? })
+}
+
+/// Executes the program behind `program` in place of the caller. Returns only on failure.
+///
+/// `argv` and `envp` are null-terminated arrays of C strings.
+pub fn exec_descriptor(program: BorrowedFd<'_>, argv: &[Option<&CStr>], envp: &[Option<&CStr>]) -> io::Error {
+    assert!(argv.last() == Some(&None) && envp.last() == Some(&None), "arrays must end with None");
+    // SAFETY: `Option<&CStr>` is a fat pointer, so thin arrays are made first; both end with null.
+    let thin = |list: &[Option<&CStr>], out: &mut [*const libc::c_char; 16]| {
+        for (slot, text) in out.iter_mut().zip(list) {
+            *slot = text.map_or(std::ptr::null(), CStr::as_ptr);
+        }
+    };
+    let mut argv_thin = [std::ptr::null(); 16];
+    let mut envp_thin = [std::ptr::null(); 16];
+    assert!(argv.len() <= 15 && envp.len() <= 15, "arrays hold at most 14 strings");
+    thin(argv, &mut argv_thin);
+    thin(envp, &mut envp_thin);
+    // SAFETY: null-terminated arrays of valid C strings that live through the call.
+    let ret = unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            program.as_raw_fd(),
+            c"".as_ptr(),
+            argv_thin.as_ptr(),
+            envp_thin.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        )
+    };
+    check(ret).err().unwrap_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))
+}
+
+/// A descriptor for a running process (any process, not only a child).
+pub fn pidfd_open(pid: libc::pid_t) -> io::Result<OwnedFd> {
+    // SAFETY: no pointers.
+    check_fd(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })
+}
+
+/// Sends `signal` to the process behind `pidfd`.
+pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
+    // SAFETY: a null siginfo is allowed: the kernel fills in that of kill(2).
+    check(unsafe {
+        libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, std::ptr::null::<libc::siginfo_t>(), 0)
+    })
+    .map(drop)
+}
