@@ -271,6 +271,11 @@ impl Attachment {
             tell(Departure::Detached);
         }
     }
+
+    /// Tells the driver nothing: it is the daemon that goes, not the client, who comes back to the next daemon.
+    pub fn abandon(mut self) {
+        self.on_drop = None;
+    }
 }
 
 impl Drop for Attachment {

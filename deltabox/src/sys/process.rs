@@ -124,3 +124,22 @@ pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     })
     .map(drop)
 }
+
+/// Marks every descriptor of the caller from number 3 up close-on-exec (they stay open here): what it
+/// inherited without knowing then ends with the next exec.
+pub fn set_all_close_on_exec() -> io::Result<()> {
+    // SAFETY: no pointers; closes nothing in this process (CLOSE_RANGE_CLOEXEC, since Linux 5.11).
+    check(unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) }).map(drop)
+}
+
+/// Makes the process that `command` starts the leader of a session of its own, without a terminal.
+pub fn start_in_new_session(command: &mut std::process::Command) {
+    use std::os::unix::process::CommandExt;
+    let setsid = || {
+        // SAFETY: no pointers.
+        check(unsafe { libc::syscall(libc::SYS_setsid) }).map(drop)
+    };
+    // SAFETY: between fork and exec the closure makes one system call and allocates nothing
+    // (`last_os_error` only reads errno).
+    unsafe { command.pre_exec(setsid) };
+}
