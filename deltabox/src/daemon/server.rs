@@ -142,6 +142,12 @@ fn daemon(engine: Option<Arc<Engine>>, store: PathBuf) -> (Daemon, Ender) {
     (Daemon { shared, ending: ending_receiver }, Ender { ending, sessions })
 }
 
+/// One that refuses whatever needs an engine, as at its end.
+#[cfg(test)]
+pub(super) fn daemon_without_engine(store: PathBuf) -> Daemon {
+    daemon(None, store).0
+}
+
 /// Serves until SIGTERM or SIGINT. `on_ready` is called once connections are accepted.
 ///
 /// # Errors
@@ -235,13 +241,17 @@ async fn connection(stream: UnixStream, router: Router, own_uid: u32) {
         Ok(peer) => peer,
         Err(error) => return tracing::warn!(%error, "SO_PEERCRED"),
     };
+    connection_of(stream, router, peer.uid(), own_uid).await;
+}
+
+async fn connection_of(stream: UnixStream, router: Router, peer_uid: u32, own_uid: u32) {
     let io = TokioIo::new(stream);
     // A connection that breaks is its client's business; commands learn of it through their sessions.
-    let served = if may_connect(peer.uid(), own_uid) {
+    let served = if may_connect(peer_uid, own_uid) {
         http1::Builder::new().serve_connection(io, TowerToHyperService::new(router)).with_upgrades().await
     } else {
-        tracing::warn!(uid = peer.uid(), "connection of another user refused");
-        let service = hyper::service::service_fn(async |_| Ok::<_, Infallible>(stranger(peer.uid())));
+        tracing::warn!(uid = peer_uid, "connection of another user refused");
+        let service = hyper::service::service_fn(async |_| Ok::<_, Infallible>(stranger(peer_uid)));
         http1::Builder::new().keep_alive(false).serve_connection(io, service).await
     };
     if let Err(error) = served {
