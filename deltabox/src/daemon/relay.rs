@@ -506,3 +506,7 @@ async fn readable(source: &Source) -> io::Result<Ready<'_>> {
         None => std::future::pending().await,
     }
 }
+
+#[cfg(test)]
+#[path = "relay_tests.rs"]
+mod tests;
