@@ -3,10 +3,14 @@
 use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::time::Duration;
 
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::task::JoinHandle;
 
-use super::super::server::daemon_without_engine;
+use crate::daemon::frame::{ClientFrame, FrameBuffer, MAX_PAYLOAD, STDIN_WINDOW};
+use crate::daemon::server::daemon_without_engine;
+use crate::sys;
+
 use super::*;
 
 /// Far above what anything here takes; a test that waits this long has failed.
@@ -22,7 +26,7 @@ impl Client {
     /// The next frame, copied out. `None` at the end of the connection.
     async fn next(&mut self) -> Option<(u8, Vec<u8>)> {
         loop {
-            if let Some((kind, payload)) = self.frames.next().unwrap() {
+            if let Some((kind, payload)) = self.frames.take_frame().unwrap() {
                 return Some((kind, payload.to_vec()));
             }
             let read = tokio::time::timeout(DEADLINE, self.reader.read(self.frames.room())).await;
