@@ -1,6 +1,6 @@
 //! What goes into the engine and what comes out: plain data, shared with the HTTP interface.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -229,8 +229,8 @@ pub struct BaseReport {
 pub enum Streams {
     /// Three pipes.
     Pipes {
-        /// Write end; close it for end of file. `None` if the command was started without input.
-        stdin: Option<OwnedFd>,
+        /// Write end; drop it for end of file. `None` if the command was started without input.
+        stdin: Option<StdinEnd>,
         /// Read end.
         stdout: OwnedFd,
         /// Read end.
@@ -243,6 +243,39 @@ pub enum Streams {
     },
     /// Nothing to read: the engine writes the log.
     Log,
+}
+
+/// The write end of a command's standard input. Dropping it is the command's end of file: the copies that keep a
+/// command's input open across a restart of the engine are closed with it.
+pub struct StdinEnd {
+    pub(super) fd: OwnedFd,
+    pub(super) on_drop: Option<Box<dyn FnOnce() + Send + Sync>>,
+}
+
+impl AsFd for StdinEnd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl AsRawFd for StdinEnd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+impl Drop for StdinEnd {
+    fn drop(&mut self) {
+        if let Some(tell) = self.on_drop.take() {
+            tell();
+        }
+    }
+}
+
+impl std::fmt::Debug for StdinEnd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StdinEnd").field("fd", &self.fd).finish_non_exhaustive()
+    }
 }
 
 /// A client's hold on a command. Dropping it tells the driver that the client is gone: a running command
