@@ -1,11 +1,12 @@
 //! From the engine's descriptors to a sandbox: mounts, masks, network, limits, capabilities, filter.
 //!
 //! The order matters: proc and sysfs can only be made while a full one is in view (before the pivot), sysctls
-//! are written before /proc/sys turns read-only, and the filter comes last because it forbids the rest.
+//! are opened before /proc/sys turns read-only and set after the last mount, and the filter comes last because it
+//! forbids the rest.
 
 use std::ffi::CString;
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use deltabox_common::init::Boot;
@@ -87,8 +88,9 @@ pub(crate) fn boot(boot: &Boot, fds: Vec<OwnedFd>) -> Result<(), Failed> {
     nix::mount::umount2(".", MntFlags::MNT_DETACH).step("drop the host's root")?;
     nix::unistd::chdir("/").step("chdir /")?;
 
-    sysctls(boot)?;
+    let sysctls = Sysctls::open(boot)?;
     cover()?;
+    sysctls.set()?;
     nix::unistd::sethostname(&boot.hostname).step("set the hostname")?;
     if !boot.host_net {
         raise_loopback().step("raise loopback")?;
@@ -117,17 +119,32 @@ fn attach_bind(bind: BorrowedFd<'_>, root: BorrowedFd<'_>, path: &str) -> Result
     mount::move_mount(bind, root, &relative).step(path)
 }
 
-fn sysctls(boot: &Boot) -> Result<(), Failed> {
-    // A second barrier behind the filter: no namespaces can be nested even if a call slipped through.
-    for (file, value) in [("max_user_namespaces", "0"), ("max_mnt_namespaces", "0")] {
-        let path = format!("/proc/sys/user/{file}");
-        fs::write(&path, value).step(&path)?;
+/// Opened while /proc/sys can be written, set once all mounts are made.
+struct Sysctls(Vec<(String, String, fs::File)>);
+
+impl Sysctls {
+    fn open(boot: &Boot) -> Result<Self, Failed> {
+        // The first two: a second barrier behind the filter, no namespaces can be nested even if a call slipped through.
+        // `max_mnt_namespaces` also counts the anonymous namespaces of fsmount and open_tree (ENOSPC, Linux 6.18).
+        let wanted = [("user/max_user_namespaces", 0), ("user/max_mnt_namespaces", 0), ("kernel/pid_max", boot.pid_max)];
+        let mut files = Vec::new();
+        for (name, value) in wanted {
+            let path = format!("/proc/sys/{name}");
+            match fs::File::options().write(true).open(&path) {
+                Ok(file) => files.push((path, value.to_string(), file)),
+                // pid_max is per PID namespace since Linux 6.14; before, the file is the host's and not ours to write.
+                Err(error) if name == "kernel/pid_max" && error.kind() == io::ErrorKind::PermissionDenied => {}
+                Err(error) => return Err(error).step(&path),
+            }
+        }
+        Ok(Self(files))
     }
-    // Per PID namespace since Linux 6.14; before, the file is the host's and not ours to write.
-    let path = "/proc/sys/kernel/pid_max";
-    match fs::write(path, boot.pid_max.to_string()) {
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::EROFS)) => Ok(()),
-        other => other.step(path),
+
+    fn set(self) -> Result<(), Failed> {
+        for (path, value, mut file) in self.0 {
+            file.write_all(value.as_bytes()).step(&path)?;
+        }
+        Ok(())
     }
 }
 
@@ -135,7 +152,7 @@ fn cover() -> Result<(), Failed> {
     let cwd = open_path(c"/").step("open /")?;
     let root = cwd.as_fd();
     let empty =
-        pseudo(c"tmpfs", PSEUDO | attr::RDONLY, &[(c"mode", c"555"), (c"nr_inodes", c"2")]).step("mount tmpfs")?;
+        pseudo(c"tmpfs", PSEUDO | attr::RDONLY, &[(c"mode", c"555")]).step("mount tmpfs")?;
     for path in MASKED_FILES {
         cover_with(root, path, || mount::open_tree_clone(root, c"dev/null", Clone::One))?;
     }

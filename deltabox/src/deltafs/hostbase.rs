@@ -55,6 +55,9 @@ pub struct HostBase {
     pub tree: OwnedFd,
     /// Parts of the host that are mounts of their own: path, read-only idmapped clone.
     pub binds: Vec<(String, OwnedFd)>,
+    /// Keeps the overlay of `tree` mounted: it dissolves with its last descriptor, and then overlayfs refuses it as a
+    /// layer ("failed to clone lowerpath").
+    _overlay: OwnedFd,
 }
 
 /// Why the host's root cannot be a base.
@@ -134,7 +137,7 @@ impl HostBase {
             .into_iter()
             .map(|path| idmapped(Path::new(&path), id_map).map(|mount| (path, mount)))
             .collect::<Result<_, _>>()?;
-        Ok(Self { digest: digest.to_owned(), tree, binds })
+        Ok(Self { digest: digest.to_owned(), tree, binds, _overlay: overlay })
     }
 }
 
