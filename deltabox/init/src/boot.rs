@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use deltabox_common::init::Boot;
 use nix::mount::{MntFlags, MsFlags};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType};
 
 use crate::sys;
 use crate::sys::mount::{self, Clone, attr};
@@ -126,7 +127,8 @@ impl Sysctls {
     fn open(boot: &Boot) -> Result<Self, Failed> {
         // The first two: a second barrier behind the filter, no namespaces can be nested even if a call slipped through.
         // `max_mnt_namespaces` also counts the anonymous namespaces of fsmount and open_tree (ENOSPC, Linux 6.18).
-        let wanted = [("user/max_user_namespaces", 0), ("user/max_mnt_namespaces", 0), ("kernel/pid_max", boot.pid_max)];
+        let wanted =
+            [("user/max_user_namespaces", 0), ("user/max_mnt_namespaces", 0), ("kernel/pid_max", boot.pid_max)];
         let mut files = Vec::new();
         for (name, value) in wanted {
             let path = format!("/proc/sys/{name}");
@@ -151,8 +153,7 @@ impl Sysctls {
 fn cover() -> Result<(), Failed> {
     let cwd = open_path(c"/").step("open /")?;
     let root = cwd.as_fd();
-    let empty =
-        pseudo(c"tmpfs", PSEUDO | attr::RDONLY, &[(c"mode", c"555")]).step("mount tmpfs")?;
+    let empty = pseudo(c"tmpfs", PSEUDO | attr::RDONLY, &[(c"mode", c"555")]).step("mount tmpfs")?;
     for path in MASKED_FILES {
         cover_with(root, path, || mount::open_tree_clone(root, c"dev/null", Clone::One))?;
     }
@@ -181,7 +182,8 @@ fn cover_with(root: BorrowedFd<'_>, path: &str, cover: impl FnOnce() -> io::Resu
 }
 
 fn raise_loopback() -> io::Result<()> {
-    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    // Not std's: that brings the resolver, and with it half of the C library, into a program that wants to be small.
+    let socket = nix::sys::socket::socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     sys::loopback_up(socket.as_fd())
 }
 

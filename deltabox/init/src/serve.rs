@@ -171,7 +171,11 @@ impl Init {
     fn obey(&mut self, message: ToInit, fds: Vec<OwnedFd>) -> Result<(), ExitCode> {
         match message {
             ToInit::Boot(request) => match boot::boot(&request, fds) {
-                Ok(()) => self.tell(&FromInit::Ready, Vec::new()),
+                Ok(()) => {
+                    // Failing costs memory, nothing else.
+                    let _ = sys::release_program_pages();
+                    self.tell(&FromInit::Ready, Vec::new());
+                }
                 Err(failed) => {
                     let errno = failed.source.raw_os_error().unwrap_or(0);
                     self.tell(&FromInit::BootFailed { step: failed.step, errno }, Vec::new());

@@ -6,9 +6,11 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 #[path = "../../src/sys/mount.rs"]
+#[allow(unreachable_pub, reason = "shared with the engine, where it is a public module")]
 #[allow(dead_code, reason = "shared with the engine, which uses all of it")]
 pub(crate) mod mount;
 #[path = "../../src/sys/socket.rs"]
+#[allow(unreachable_pub, reason = "shared with the engine, where it is a public module")]
 pub(crate) mod socket;
 
 /// The result of a raw system call as `io::Result`.
@@ -31,11 +33,11 @@ pub(crate) fn inherited(number: i32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
-/// Forks. The child runs `child`, which must not return.
-pub(crate) fn fork(child: impl FnOnce() -> std::convert::Infallible) -> io::Result<u32> {
+/// Forks. The child runs `child` and exits with what it returns.
+pub(crate) fn fork(child: impl FnOnce() -> i32) -> io::Result<u32> {
     // SAFETY: init has one thread, so the child may do whatever it likes.
     match unsafe { libc::fork() } {
-        0 => match child() {},
+        0 => std::process::exit(child()),
         pid => u32::try_from(pid).map_err(|_| io::Error::last_os_error()),
     }
 }
@@ -136,4 +138,20 @@ pub(crate) fn exec(path: &CStr, argv: &[CString], envp: &[CString]) -> nix::Erro
         Err(error) => error,
         Ok(never) => match never {},
     }
+}
+
+/// Unmaps the program's own read-only pages; those still needed come back from the page cache at their next use.
+/// What the set-up touched once would otherwise count as resident for the sandbox's whole life.
+pub(crate) fn release_program_pages() -> io::Result<()> {
+    unsafe extern "C" {
+        // Placed by the linker at the first and behind the last byte of the read-only segments.
+        static __executable_start: u8;
+        static etext: u8;
+    }
+    let page = 4096;
+    let start = (&raw const __executable_start) as usize & !(page - 1);
+    let end = (&raw const etext) as usize & !(page - 1);
+    // SAFETY: the range holds only read-only file pages of this program (a sealed memfd), so dropping them loses
+    // nothing: the kernel maps the same bytes again on the next access.
+    check(unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_DONTNEED) }.into()).map(drop)
 }
