@@ -1,3 +1,5 @@
 //! The `deltabox` command.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    deltabox::cli::main()
+}

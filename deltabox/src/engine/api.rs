@@ -1,6 +1,6 @@
 //! What goes into the engine and what comes out: plain data, shared with the HTTP interface.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -245,36 +245,30 @@ pub enum Streams {
     Log,
 }
 
-/// The write end of a command's standard input. Dropping it is the command's end of file: the copies that keep a
-/// command's input open across a restart of the engine are closed with it.
+/// The write end of a command's standard input.
+#[derive(Debug)]
 pub struct StdinEnd {
-    pub(super) fd: OwnedFd,
-    pub(super) on_drop: Option<Box<dyn FnOnce() + Send + Sync>>,
+    /// The pipe's write end.
+    pub fd: OwnedFd,
+    /// To be dropped after `fd`: end of file for the command.
+    pub hold: StdinHold,
 }
 
-impl AsFd for StdinEnd {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
-}
+/// Keeps a command's standard input open. The copies that outlive a restart of the engine are closed when it is
+/// dropped, and with them the last writer.
+pub struct StdinHold(pub(super) Option<Box<dyn FnOnce() + Send + Sync>>);
 
-impl AsRawFd for StdinEnd {
-    fn as_raw_fd(&self) -> RawFd {
-        self.fd.as_raw_fd()
-    }
-}
-
-impl Drop for StdinEnd {
+impl Drop for StdinHold {
     fn drop(&mut self) {
-        if let Some(tell) = self.on_drop.take() {
+        if let Some(tell) = self.0.take() {
             tell();
         }
     }
 }
 
-impl std::fmt::Debug for StdinEnd {
+impl std::fmt::Debug for StdinHold {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("StdinEnd").field("fd", &self.fd).finish_non_exhaustive()
+        f.write_str("StdinHold")
     }
 }
 

@@ -8,7 +8,7 @@ use nix::fcntl::{FcntlArg, OFlag};
 use serde::{Deserialize, Serialize};
 
 use super::api::{
-    Attachment, Departure, ExecReport, ExecRequest, Exit, OnDisconnect, StdinEnd, Stdio, Streams, WindowSize,
+    Attachment, Departure, ExecReport, ExecRequest, Exit, OnDisconnect, StdinEnd, StdinHold, Stdio, Streams, WindowSize,
 };
 use super::driver::{Mail, Message};
 
@@ -79,7 +79,7 @@ impl Command {
                         let mail = Arc::clone(mail);
                         // A sandbox that is gone has no input to close.
                         let on_drop = Box::new(move || _ = mail.post(Message::StdinClosed { pid }));
-                        Some(StdinEnd { fd: fd.try_clone()?, on_drop: Some(on_drop) })
+                        Some(StdinEnd { fd: fd.try_clone()?, hold: StdinHold(Some(on_drop)) })
                     }
                 };
                 Streams::Pipes { stdin, stdout, stderr }

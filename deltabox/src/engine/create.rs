@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use super::api::{CreateRequest, Reply, SandboxReport, SandboxState};
-use super::driver::{Driver, Life, Mail, Shown};
+use super::driver::{Driver, DriverParts, Life, Mail, Shown};
 use super::manifest::{InitIdentity, Manifest};
 use super::store::{SandboxDir, random_hex};
 use super::{Engine, Error, Handle, error, lock, unix_ms};
@@ -113,7 +113,8 @@ pub(super) fn register(engine: &Engine, manifest: Manifest, life: Option<Life>, 
     let shown = Arc::new(Mutex::new(Shown { report, execs: Vec::new() }));
     let handle = Handle { mail: Arc::clone(&mail), shown: Some(Arc::clone(&shown)) };
     engine.sandboxes().insert(manifest.id.clone(), handle);
-    Driver::new(manifest, dir, mail, shown, engine.0.logs.clone(), life)
+    let (logs, retired) = (engine.0.logs.clone(), Arc::clone(&engine.0.retired));
+    Driver::new(DriverParts { manifest, dir, mail, shown, logs, retired }, life)
 }
 
 /// Runs a driver; its sandbox's name is free before the removal is answered.

@@ -12,6 +12,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -76,12 +77,24 @@ struct Pending {
     reply: Reply<Attachment>,
 }
 
+/// What a driver is given of the engine and its sandbox.
+pub(super) struct DriverParts {
+    pub(super) manifest: Manifest,
+    pub(super) dir: SandboxDir,
+    pub(super) mail: Arc<Mail>,
+    pub(super) shown: Arc<Mutex<Shown>>,
+    pub(super) logs: Logs,
+    pub(super) retired: Arc<AtomicBool>,
+}
+
 pub(super) struct Driver {
     manifest: Manifest,
     dir: SandboxDir,
     mail: Arc<Mail>,
     shown: Arc<Mutex<Shown>>,
     logs: Logs,
+    /// The engine is going: clients leave because of that.
+    retired: Arc<AtomicBool>,
     life: Option<Life>,
     commands: BTreeMap<u32, Command>,
     starting: BTreeMap<u32, Pending>,
@@ -99,20 +112,15 @@ enum Alarm {
 }
 
 impl Driver {
-    pub(super) fn new(
-        manifest: Manifest,
-        dir: SandboxDir,
-        mail: Arc<Mail>,
-        shown: Arc<Mutex<Shown>>,
-        logs: Logs,
-        life: Option<Life>,
-    ) -> Self {
+    pub(super) fn new(parts: DriverParts, life: Option<Life>) -> Self {
+        let DriverParts { manifest, dir, mail, shown, logs, retired } = parts;
         Self {
             manifest,
             dir,
             mail,
             shown,
             logs,
+            retired,
             life,
             commands: BTreeMap::new(),
             starting: BTreeMap::new(),
@@ -160,6 +168,7 @@ impl Driver {
             Message::Exec { request, on_exit, reply } => self.exec(*request, on_exit, reply),
             Message::Attach { pid, on_exit, reply } => reply(self.attach(pid, on_exit)),
             Message::Signal { pid, signal, reply } => reply(self.signal(pid, signal)),
+            Message::StdinClosed { .. } | Message::ClientLeft { .. } if self.retired.load(Ordering::SeqCst) => {}
             Message::StdinClosed { pid } => self.close_stdin(pid),
             Message::ClientLeft { pid, departure } => self.client_left(pid, departure),
             Message::Kill { reply } => {

@@ -17,13 +17,14 @@ mod store;
 
 pub use api::{
     Attachment, BaseReport, CreateRequest, ExecReport, ExecRequest, Exit, LogReport, OnDisconnect, ProcessReport,
-    Reply, SandboxReport, SandboxState, StdinEnd, Stdio, Streams, WindowSize,
+    Reply, SandboxReport, SandboxState, StdinEnd, StdinHold, Stdio, Streams, WindowSize,
 };
 pub use error::{Error, Kind};
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -56,6 +57,8 @@ struct Inner {
     /// Host bases in use, by what was asked to be shown beyond the default.
     host_bases: Mutex<HashMap<Vec<PathBuf>, Arc<HostBase>>>,
     sandboxes: Mutex<BTreeMap<SandboxId, Handle>>,
+    /// Set by [`Engine::retire`].
+    retired: Arc<AtomicBool>,
 }
 
 /// A sandbox's driver, as the engine reaches it.
@@ -89,10 +92,16 @@ impl Engine {
             idmap::open_namespace().map_err(io("make a user namespace with the id map", "/proc/self/ns/user"))?;
         let fixtures = Fixtures::make().map_err(io("make the shared device directory on", "tmpfs"))?;
         let logs = Logs::start().map_err(io("start the log thread of", "deltabox"))?;
-        let (host_bases, sandboxes) = (Mutex::default(), Mutex::default());
-        let engine = Self(Arc::new(Inner { store, hosts, id_map, fixtures, logs, host_bases, sandboxes }));
+        let (host_bases, sandboxes, retired) = (Mutex::default(), Mutex::default(), Arc::default());
+        let engine = Self(Arc::new(Inner { store, hosts, id_map, fixtures, logs, host_bases, sandboxes, retired }));
         recover::recover(&engine)?;
         Ok(engine)
+    }
+
+    /// From now on the departure of a client means nothing: it is the daemon that ends, and the client will find the
+    /// next one. Sandboxes and their commands run on.
+    pub fn retire(&self) {
+        self.0.retired.store(true, Ordering::SeqCst);
     }
 
     /// Makes a sandbox and replies when its init is ready. Without a name one is generated.

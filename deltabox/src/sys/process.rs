@@ -235,3 +235,22 @@ fn duplicate_above(fd: RawFd, close_on_exec: bool) -> io::Result<RawFd> {
     let fd = check(unsafe { libc::fcntl(fd, command, 100) }.into())?;
     i32::try_from(fd).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))
 }
+
+/// Marks every descriptor of the caller from number 3 up close-on-exec (they stay open here): what it
+/// inherited without knowing then ends with the next exec.
+pub fn set_all_close_on_exec() -> io::Result<()> {
+    // SAFETY: no pointers; closes nothing in this process (CLOSE_RANGE_CLOEXEC, since Linux 5.11).
+    check(unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) }).map(drop)
+}
+
+/// Makes the process that `command` starts the leader of a session of its own, without a terminal.
+pub fn start_in_new_session(command: &mut std::process::Command) {
+    use std::os::unix::process::CommandExt;
+    let setsid = || {
+        // SAFETY: no pointers.
+        check(unsafe { libc::syscall(libc::SYS_setsid) }).map(drop)
+    };
+    // SAFETY: between fork and exec the closure makes one system call and allocates nothing
+    // (`last_os_error` only reads errno).
+    unsafe { command.pre_exec(setsid) };
+}
