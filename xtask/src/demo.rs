@@ -43,6 +43,8 @@ pub(crate) fn run(workspace: &Workspace) -> anyhow::Result<()> {
     }
     println!("(from the start of the command to its exit; one run, no statistics)");
     let ended = story.keeper.finish();
+    // The keeper has removed it; a command that ran on after the daemon's death may have made it again.
+    let _ = fs::remove_dir_all(&story.place.home);
     told?;
     ended?;
     println!("demo: everything was as promised");
@@ -145,6 +147,10 @@ struct Story {
 impl Story {
     /// Runs one command, shows it with its output, and notes its time.
     fn step(&mut self, title: &str, args: &[&str]) -> anyhow::Result<Outcome> {
+        if !self.steps.is_empty() {
+            // A command would start a daemon that is not the keeper's.
+            UnixStream::connect(self.place.socket()).context("the daemon is gone")?;
+        }
         let mut command = self.place.deltabox(args);
         let line = workspace::line_of(&command);
         println!("\n-- {title}\n$ {line}");
@@ -251,18 +257,18 @@ pub(crate) fn keep(args: &KeeperArgs) -> anyhow::Result<()> {
 }
 
 fn keep_daemon(place: &Place) -> anyhow::Result<()> {
-    let mut daemon = start_daemon(place)?;
+    let mut daemon = Daemon::start(place)?;
     let (made, early_end) = watch(&mut daemon)?;
     if early_end.is_some() && !made.is_empty() {
         // Sandboxes outlive their daemon: it takes another one to remove them.
-        daemon = start_daemon(place)?;
-        wait_until_ready(place, &mut daemon)?;
+        daemon = Daemon::start(place)?;
+        wait_until_ready(place, &mut daemon.process)?;
     }
     for sandbox in made {
         // Gone already when the story went well. Cleaning up goes on whatever one command says.
         let _ = place.deltabox(&["rm", &sandbox]).stdout(Stdio::null()).stderr(Stdio::null()).status();
     }
-    let ended = end(&mut daemon);
+    let ended = daemon.end();
     let outcome = match early_end {
         Some(status) => Err(anyhow!("the daemon ended by itself: {status}")),
         None => ended,
@@ -273,17 +279,9 @@ fn keep_daemon(place: &Place) -> anyhow::Result<()> {
     outcome
 }
 
-fn start_daemon(place: &Place) -> anyhow::Result<Child> {
-    let log = place.log();
-    let log =
-        fs::File::options().create(true).append(true).open(&log).with_context(|| format!("open {}", log.display()))?;
-    let mut command = place.deltabox(&["serve"]);
-    command.stdout(log.try_clone().context("duplicate the log's descriptor")?).stderr(log);
-    command.spawn().context("start `deltabox serve`")
-}
-
-/// Collects the names of sandboxes until stdin closes or the daemon ends; gives its status in that case.
-fn watch(daemon: &mut Child) -> anyhow::Result<(Vec<String>, Option<ExitStatus>)> {
+/// Collects the names of sandboxes until stdin closes. Gives the daemon's status if it has ended by then;
+/// when that happens before the first sandbox, there is nothing to wait for.
+fn watch(daemon: &mut Daemon) -> anyhow::Result<(Vec<String>, Option<ExitStatus>)> {
     let (sender, names) = mpsc::channel();
     thread::spawn(move || {
         let lines = std::io::stdin().lock().lines();
@@ -292,14 +290,13 @@ fn watch(daemon: &mut Child) -> anyhow::Result<(Vec<String>, Option<ExitStatus>)
     });
     let mut made = Vec::new();
     loop {
-        match names.recv_timeout(POLL_PERIOD) {
+        let received = names.recv_timeout(POLL_PERIOD);
+        let ended = daemon.process.try_wait().context("look at the daemon")?;
+        match received {
             Ok(name) => made.push(name),
-            Err(RecvTimeoutError::Disconnected) => return Ok((made, None)),
-            Err(RecvTimeoutError::Timeout) => {
-                if let Some(status) = daemon.try_wait().context("look at the daemon")? {
-                    return Ok((made, Some(status)));
-                }
-            }
+            Err(RecvTimeoutError::Disconnected) => return Ok((made, ended)),
+            Err(RecvTimeoutError::Timeout) if ended.is_some() && made.is_empty() => return Ok((made, ended)),
+            Err(RecvTimeoutError::Timeout) => {}
         }
     }
 }
@@ -317,21 +314,41 @@ fn wait_until_ready(place: &Place, process: &mut Child) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// SIGTERM, and SIGKILL after the deadline. The daemon is our own child: its pid cannot be another's.
-fn end(daemon: &mut Child) -> anyhow::Result<()> {
-    if daemon.try_wait().context("look at the daemon")?.is_some() {
-        return Ok(());
+/// `deltabox serve` as our own child: until it is waited for, its pid cannot be another's. Killed on drop.
+struct Daemon {
+    process: Child,
+}
+
+impl Daemon {
+    fn start(place: &Place) -> anyhow::Result<Self> {
+        let path = place.log();
+        let log = fs::File::options().create(true).append(true).open(&path);
+        let log = log.with_context(|| format!("open {}", path.display()))?;
+        let mut command = place.deltabox(&["serve"]);
+        command.stdout(log.try_clone().context("duplicate the log's descriptor")?).stderr(log);
+        Ok(Self { process: command.spawn().context("start `deltabox serve`")? })
     }
-    let pid = daemon.id().to_string();
-    workspace::capture(Command::new("sh").args(["-c", "kill -TERM \"$1\"", "sh", &pid]))?;
-    let begin = Instant::now();
-    while daemon.try_wait().context("wait for the daemon")?.is_none() {
-        if begin.elapsed() > END_DEADLINE {
-            daemon.kill().context("kill the daemon")?;
-            daemon.wait().context("wait for the daemon")?;
-            bail!("the daemon did not end within {END_DEADLINE:?} of SIGTERM");
+
+    /// Ends it with SIGTERM. One that does not heed that is killed, which is a failure.
+    fn end(mut self) -> anyhow::Result<()> {
+        if self.process.try_wait().context("look at the daemon")?.is_some() {
+            return Ok(());
         }
-        thread::sleep(POLL_PERIOD);
+        let pid = self.process.id().to_string();
+        workspace::capture(Command::new("sh").args(["-c", "kill -TERM \"$1\"", "sh", &pid]))?;
+        let begin = Instant::now();
+        while self.process.try_wait().context("wait for the daemon")?.is_none() {
+            ensure!(begin.elapsed() < END_DEADLINE, "the daemon did not end within {END_DEADLINE:?} of SIGTERM");
+            thread::sleep(POLL_PERIOD);
+        }
+        Ok(())
     }
-    Ok(())
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Both fail harmlessly when it has been waited for.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
 }
