@@ -14,7 +14,8 @@ pub(super) fn run(program: impl AsRef<Path>, args: &[&str]) -> Result<String, St
 
 /// As [`run`], of a command begun elsewhere.
 pub(super) fn output(command: &mut Command, args: &[&str]) -> Result<String, String> {
-    let output = command.args(args).stdin(Stdio::null()).output().map_err(|err| err.to_string())?;
+    let output = command.args(args).stdin(Stdio::null()).output();
+    let output = output.map_err(|err| format!("{}: {err}", command.get_program().display()))?;
     if !output.status.success() {
         return Err(format!("{}: {}", output.status, last_line(&output.stderr)));
     }
