@@ -244,7 +244,7 @@ impl Host {
     /// `inspect` of a sandbox.
     #[track_caller]
     pub fn inspect(&self, sandbox: &str) -> Value {
-        self.cli(["inspect", "--json", sandbox]).json()
+        self.cli(["inspect", "--json", sandbox]).json()["sandbox"].clone()
     }
 }
 

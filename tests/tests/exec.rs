@@ -117,7 +117,7 @@ fn a_client_that_disappears_ends_or_leaves_its_command_as_asked() {
         client.wait().unwrap();
         if survives {
             host.sh("a", &format!("touch /tmp/stop-{mode}")).ok();
-            assert_eq!(host.cli(["logs", "a", "-f"]).ok(), "done");
+            assert!(host.cli(["logs", "a", "-f"]).ok().ends_with("done"));
         } else {
             wait_for(|| host.cli(["ps", "--json", "a"]).json()["processes"].as_array().unwrap().len() == 1);
         }

@@ -65,7 +65,7 @@ fn a_sandbox_is_listed_inspected_killed_and_removed() {
     assert_eq!(error["code"], "dead", "{error}");
     assert_eq!(host.cli(["ps", "--json", "a"]).json()["processes"].as_array().unwrap().len(), 0);
     host.cli(["rm", "a", &generated]).ok();
-    assert_eq!(host.cli(["inspect", "--json", "a"]).error()["code"], "no_sandbox");
+    assert_eq!(host.cli(["inspect", "--json", "a"]).error()["code"], "not_found");
 }
 
 #[test]
