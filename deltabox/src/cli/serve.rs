@@ -32,9 +32,11 @@ pub(super) fn run(args: Args, context: &Context) -> Outcome {
     });
     let on_ready = || {
         // Who started us may have gone; that is no reason to end.
-        if context.json {
-            let _ = print::json(&ready);
-        }
+        let _ = if context.json {
+            print::json(&ready)
+        } else {
+            print::line(&format!("listening on {}", context.place.socket.display()))
+        };
     };
     serve(&request, on_ready).map_err(|error| Failure::new(1, "serve", error.to_string(), error.hint()))?;
     Ok(0)

@@ -31,7 +31,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Notify, oneshot};
 
-use crate::engine::{Attachment, Exit, Streams};
+use crate::engine::{Attachment, Exit, StdinEnd, StdinHold, Streams};
 use crate::sandbox::SandboxId;
 
 use input::{Input, feed, receive};
@@ -89,7 +89,7 @@ impl Upgrade {
         tokio::spawn(async move {
             let upgraded = tokio::select! {
                 upgraded = self.0 => upgraded,
-                () = daemon.ending() => return attachment.abandon(),
+                () = daemon.ending() => return,
             };
             let upgraded = match upgraded {
                 Ok(upgraded) => upgraded,
@@ -143,9 +143,9 @@ async fn session(
     };
     tracing::debug!(sandbox = %id, pid, ?end, "session ended");
     match end {
-        End::Exited | End::Gone => drop(attachment),
+        // A retired engine takes no notice.
+        End::Exited | End::Gone | End::Ending => drop(attachment),
         End::Detached => attachment.detach(),
-        End::Ending => attachment.abandon(),
     }
 }
 
@@ -166,9 +166,15 @@ async fn fail(source: io::Error, mut writer: OwnedWriteHalf) -> End {
 
 type Source = Option<Arc<AsyncFd<OwnedFd>>>;
 
+/// Where input goes. Dropped: end of file for a command that reads a pipe (the hold goes after the descriptor).
+struct Sink {
+    fd: Arc<AsyncFd<OwnedFd>>,
+    _hold: Option<StdinHold>,
+}
+
 /// A command's streams, watched. A terminal is one descriptor, read and written at the same time.
 struct Ends {
-    stdin: Source,
+    stdin: Option<Sink>,
     stdout: Source,
     stderr: Source,
     terminal: Source,
@@ -178,16 +184,19 @@ impl Ends {
     fn new(streams: Streams) -> io::Result<Self> {
         let watch = |fd| watch(fd).map(Arc::new);
         Ok(match streams {
-            Streams::Pipes { stdin, stdout, stderr } => Self {
-                stdin: stdin.map(watch).transpose()?,
-                stdout: Some(watch(stdout)?),
-                stderr: Some(watch(stderr)?),
-                terminal: None,
-            },
+            Streams::Pipes { stdin, stdout, stderr } => {
+                let sink = |end: StdinEnd| Ok::<_, io::Error>(Sink { fd: watch(end.fd)?, _hold: Some(end.hold) });
+                Self {
+                    stdin: stdin.map(sink).transpose()?,
+                    stdout: Some(watch(stdout)?),
+                    stderr: Some(watch(stderr)?),
+                    terminal: None,
+                }
+            }
             Streams::Pty { master } => {
                 let master = watch(master)?;
                 Self {
-                    stdin: Some(Arc::clone(&master)),
+                    stdin: Some(Sink { fd: Arc::clone(&master), _hold: None }),
                     stdout: Some(Arc::clone(&master)),
                     stderr: None,
                     terminal: Some(master),

@@ -164,7 +164,7 @@ pub fn serve(request: &ServeRequest, on_ready: impl FnOnce()) -> Result<(), Serv
     let lock = SocketLock::take(&request.place.socket, patience)?;
     make_private_dir(&request.place.store)?;
     let store = request.place.store.canonicalize().map_err(|source| ServeError::Io { op: "open store", source })?;
-    let engine = Arc::new(Engine::open(engine::Config { store: store.clone() })?);
+    let engine = Arc::new(Engine::open(&engine::Config { store: store.clone() })?);
     let (daemon, ender) = daemon(Some(engine), store);
 
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -194,6 +194,9 @@ pub fn serve(request: &ServeRequest, on_ready: impl FnOnce()) -> Result<(), Serv
 /// Takes the engine away from requests, ends the sessions, drops the engine.
 async fn end(daemon: &Daemon, mut ender: Ender) {
     let engine = daemon.slot().take().map(|open| open.engine);
+    if let Some(engine) = &engine {
+        engine.retire();
+    }
     ender.ending.send_replace(true);
     if tokio::time::timeout(SHUTDOWN_PATIENCE, ender.sessions.recv()).await.is_err() {
         tracing::warn!("sessions still open at shutdown");

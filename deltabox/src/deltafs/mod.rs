@@ -1,1 +1,10 @@
-//! TBD
+//! DeltaFS: the root file system of a sandbox, made of layers over a read-only base.
+//!
+//! Owns what lies in layers, how they are stacked and mounted, and what a base is made of. Does not know
+//! processes: a mount made here is handed to the sandbox as a descriptor.
+
+pub mod base;
+pub mod fixtures;
+pub mod hostbase;
+pub mod layer;
+pub mod overlay;

@@ -229,8 +229,8 @@ pub struct BaseReport {
 pub enum Streams {
     /// Three pipes.
     Pipes {
-        /// Write end; close it for end of file. `None` if the command was started without input.
-        stdin: Option<OwnedFd>,
+        /// Write end; drop it for end of file. `None` if the command was started without input.
+        stdin: Option<StdinEnd>,
         /// Read end.
         stdout: OwnedFd,
         /// Read end.
@@ -243,6 +243,33 @@ pub enum Streams {
     },
     /// Nothing to read: the engine writes the log.
     Log,
+}
+
+/// The write end of a command's standard input.
+#[derive(Debug)]
+pub struct StdinEnd {
+    /// The pipe's write end.
+    pub fd: OwnedFd,
+    /// To be dropped after `fd`: end of file for the command.
+    pub hold: StdinHold,
+}
+
+/// Keeps a command's standard input open. The copies that outlive a restart of the engine are closed when it is
+/// dropped, and with them the last writer.
+pub struct StdinHold(pub(super) Option<Box<dyn FnOnce() + Send + Sync>>);
+
+impl Drop for StdinHold {
+    fn drop(&mut self) {
+        if let Some(tell) = self.0.take() {
+            tell();
+        }
+    }
+}
+
+impl std::fmt::Debug for StdinHold {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("StdinHold")
+    }
 }
 
 /// A client's hold on a command. Dropping it tells the driver that the client is gone: a running command
@@ -270,11 +297,6 @@ impl Attachment {
         if let Some(tell) = self.on_drop.take() {
             tell(Departure::Detached);
         }
-    }
-
-    /// Tells the driver nothing: it is the daemon that goes, not the client, who comes back to the next daemon.
-    pub fn abandon(mut self) {
-        self.on_drop = None;
     }
 }
 

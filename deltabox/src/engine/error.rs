@@ -3,7 +3,9 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::deltafs::hostbase::HostBaseError;
 use crate::sandbox::SandboxId;
+use crate::sandbox::cgroup::CgroupError;
 
 /// How a failure is to be taken by the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,7 +77,7 @@ pub enum Error {
         /// The program asked for.
         program: String,
         /// The step that failed: `execve`, `chdir`, `setuid`, ...
-        step: &'static str,
+        step: String,
         /// The kernel's word.
         source: io::Error,
     },
@@ -89,6 +91,17 @@ pub enum Error {
         /// What to do.
         hint: String,
     },
+    /// A sandbox could not be brought to life; nothing of it is left.
+    #[error("create `{id}`: {source}")]
+    Create {
+        /// Its name.
+        id: SandboxId,
+        /// What failed.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The cgroups of a sandbox.
+    #[error(transparent)]
+    Cgroup(CgroupError),
     /// A system call or file operation failed.
     #[error("{op} {path}: {source}", path = path.display())]
     Io {
@@ -112,7 +125,7 @@ impl Error {
             Self::NoSandbox { .. } | Self::NoExec { .. } | Self::NoBase { .. } => Kind::NotFound,
             Self::Exists { .. } | Self::Dead { .. } => Kind::Conflict,
             Self::Refused { .. } => Kind::Refused,
-            Self::Io { .. } | Self::ShuttingDown => Kind::Failed,
+            Self::Io { .. } | Self::Create { .. } | Self::Cgroup(_) | Self::ShuttingDown => Kind::Failed,
         }
     }
 
@@ -128,6 +141,8 @@ impl Error {
             Self::Start { .. } => "start_failed",
             Self::Refused { .. } => "refused",
             Self::Io { .. } => "io",
+            Self::Create { .. } => "create_failed",
+            Self::Cgroup(_) => "cgroup",
             Self::ShuttingDown => "shutting_down",
         }
     }
@@ -143,10 +158,33 @@ impl Error {
             Self::Dead { .. } => "its files are still there; `deltabox rm` removes it".to_owned(),
             Self::Start { .. } => "check the program, working directory and user; the sandbox is as before".to_owned(),
             Self::Refused { hint, .. } => hint.clone(),
-            Self::Io { .. } => {
+            Self::Create { .. } | Self::Cgroup(_) | Self::Io { .. } => {
                 "see the daemon's log in the store directory; `deltabox doctor` checks the machine".to_owned()
             }
             Self::ShuttingDown => "try again".to_owned(),
         }
     }
+}
+
+impl From<CgroupError> for Error {
+    fn from(error: CgroupError) -> Self {
+        match error {
+            CgroupError::NoController { what, controller } => Self::Refused {
+                what: format!("limit {what}"),
+                why: format!("no cgroup hierarchy of this host has the controller `{controller}`"),
+                hint: "leave the limit out, or mount a hierarchy with that controller".to_owned(),
+            },
+            other => Self::Cgroup(other),
+        }
+    }
+}
+
+/// Why a base cannot be used, for the sandbox that wanted it.
+pub(super) fn base_refused(base: &str, error: HostBaseError) -> Error {
+    let hint = match &error {
+        HostBaseError::BadPath { .. } => "see `deltabox help create`",
+        HostBaseError::NotIdmappable { .. } => "import it instead: `deltabox image import NAME DIR`",
+        HostBaseError::Mount(_) | HostBaseError::Io { .. } => "`deltabox doctor` checks what a base needs",
+    };
+    Error::Refused { what: format!("use the base {base}"), why: error.to_string(), hint: hint.to_owned() }
 }

@@ -1,7 +1,7 @@
-//! The new mount API by descriptors: fsopen, fsconfig, fsmount, open_tree, move_mount, mount_setattr, pivot.
+//! The new mount API by descriptors: fsopen, fsconfig, fsmount, open_tree, move_mount, mount_setattr, pivot. Also compiled into init.
 
 use std::ffi::CStr;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use super::{check, check_fd};
@@ -70,7 +70,10 @@ pub fn fsmount(fs: BorrowedFd<'_>, attrs: u64) -> io::Result<OwnedFd> {
 pub fn fs_log(fs: BorrowedFd<'_>) -> String {
     let mut lines = Vec::new();
     let mut buf = [0_u8; 1024];
-    while let Ok(n @ 1..) = nix::unistd::read(fs, &mut buf) {
+    let Ok(mut log) = fs.try_clone_to_owned().map(std::fs::File::from) else {
+        return String::new();
+    };
+    while let Ok(n @ 1..) = log.read(&mut buf) {
         lines.push(String::from_utf8_lossy(&buf[..n]).trim_end().to_owned());
     }
     lines.join("; ")

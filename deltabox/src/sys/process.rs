@@ -125,6 +125,117 @@ pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     .map(drop)
 }
 
+/// A program for a new process: what it executes and which descriptors it finds where.
+#[derive(Debug)]
+pub struct Program<'a> {
+    /// The executable (a sealed memfd, a file).
+    pub file: BorrowedFd<'a>,
+    /// Arguments, at most 14.
+    pub argv: &'a [&'a CStr],
+    /// Environment, at most 14.
+    pub envp: &'a [&'a CStr],
+    /// Descriptors and the numbers (below 100) they get; all others are closed at exec.
+    pub fds: &'a [(BorrowedFd<'a>, RawFd)],
+}
+
+/// Makes a process that waits for one byte from `gate`, becomes user and group 0 of its user namespace, leads a
+/// session of its own, and executes `program`. If the gate's other end closes without a byte it exits.
+///
+/// Its exit status before the program runs is 120 (gate closed), 121 (ids), 122 (descriptors) or 123 (exec).
+pub fn clone_and_exec(request: CloneRequest<'_>, gate: BorrowedFd<'_>, program: &Program<'_>) -> io::Result<Child> {
+    let argv: Vec<Option<&CStr>> = program.argv.iter().copied().map(Some).chain([None]).collect();
+    let envp: Vec<Option<&CStr>> = program.envp.iter().copied().map(Some).chain([None]).collect();
+    let mut high: Vec<(RawFd, RawFd)> = program.fds.iter().map(|(fd, number)| (fd.as_raw_fd(), *number)).collect();
+    let (gate, file) = (gate.as_raw_fd(), program.file.as_raw_fd());
+    let child = || {
+        if !read_one_byte(gate) {
+            return 120;
+        }
+        if become_root_and_leader().is_err() {
+            return 121;
+        }
+        // Sources first out of the way of the numbers that they are to take.
+        let Ok(file) = duplicate_above(file, true) else { return 122 };
+        for (source, _) in &mut high {
+            match duplicate_above(*source, false) {
+                Ok(fd) => *source = fd,
+                Err(_) => return 122,
+            }
+        }
+        for (source, number) in &high {
+            // SAFETY: no pointers; both are numbers of this process's own table.
+            if unsafe { libc::dup2(*source, *number) } < 0 {
+                return 122;
+            }
+        }
+        // SAFETY: no pointers. Everything above 99 closes at exec.
+        unsafe { libc::syscall(libc::SYS_close_range, 100, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+        // SAFETY: the descriptor was made above and stays open until exec.
+        let file = unsafe { BorrowedFd::borrow_raw(file) };
+        exec_descriptor(file, &argv, &envp);
+        123
+    };
+    // SAFETY: the closure makes system calls on memory prepared above; it neither allocates nor locks.
+    unsafe { clone_process(request, child) }
+}
+
+/// Makes a process that does nothing until the other end of `gate` is closed, then exits with status 0.
+pub fn clone_waiting(request: CloneRequest<'_>, gate: BorrowedFd<'_>) -> io::Result<Child> {
+    let gate = gate.as_raw_fd();
+    let child = || {
+        while read_one_byte(gate) {}
+        0
+    };
+    // SAFETY: the closure makes system calls only.
+    unsafe { clone_process(request, child) }
+}
+
+/// Waits for a child to end and reaps it; its raw status.
+pub fn reap(child: &Child) -> io::Result<libc::c_int> {
+    let mut status = 0;
+    loop {
+        // SAFETY: `status` outlives the call.
+        match check(unsafe { libc::waitpid(child.pid, &raw mut status, libc::__WALL) }.into()) {
+            Ok(_) => return Ok(status),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn read_one_byte(fd: RawFd) -> bool {
+    let mut byte = 0_u8;
+    loop {
+        // SAFETY: room for one byte.
+        let n = unsafe { libc::read(fd, (&raw mut byte).cast(), 1) };
+        if n >= 0 {
+            return n == 1;
+        }
+        if io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+            return false;
+        }
+    }
+}
+
+/// The raw calls, not libc's wrappers: those would ask all threads of the parent's library state to join in.
+fn become_root_and_leader() -> io::Result<()> {
+    // SAFETY: no pointers are read for zero groups.
+    check(unsafe { libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()) })?;
+    // SAFETY: no pointers.
+    check(unsafe { libc::syscall(libc::SYS_setresgid, 0, 0, 0) })?;
+    // SAFETY: no pointers.
+    check(unsafe { libc::syscall(libc::SYS_setresuid, 0, 0, 0) })?;
+    // SAFETY: no pointers.
+    check(unsafe { libc::syscall(libc::SYS_setsid) }).map(drop)
+}
+
+fn duplicate_above(fd: RawFd, close_on_exec: bool) -> io::Result<RawFd> {
+    let command = if close_on_exec { libc::F_DUPFD_CLOEXEC } else { libc::F_DUPFD };
+    // SAFETY: no pointers.
+    let fd = check(unsafe { libc::fcntl(fd, command, 100) }.into())?;
+    i32::try_from(fd).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))
+}
+
 /// Marks every descriptor of the caller from number 3 up close-on-exec (they stay open here): what it
 /// inherited without knowing then ends with the next exec.
 pub fn set_all_close_on_exec() -> io::Result<()> {

@@ -12,7 +12,7 @@ use crate::daemon::server::Daemon;
 use crate::sandbox::SandboxId;
 use crate::sys;
 
-use super::{End, Shared, Source};
+use super::{End, Shared, Sink, Source};
 
 /// What the client's frames act upon.
 pub(super) struct Input {
@@ -108,7 +108,7 @@ impl Input {
 
 /// Writes queued input as fast as the command takes it and gives credit for it. Never returns: without
 /// input it waits for more, and a command that closed its input has the rest thrown away.
-pub(super) async fn feed(mut stdin: Source, terminal: bool, shared: &Shared) {
+pub(super) async fn feed(mut stdin: Option<Sink>, terminal: bool, shared: &Shared) {
     loop {
         let (part, ended) = {
             let mut state = shared.lock();
@@ -116,13 +116,13 @@ pub(super) async fn feed(mut stdin: Source, terminal: bool, shared: &Shared) {
         };
         let Some(part) = part else {
             if ended && let Some(stdin) = stdin.take() {
-                end_input(&stdin, terminal).await;
+                end_input(&stdin.fd, terminal).await;
             }
             shared.input.notified().await;
             continue;
         };
-        if let Some(fd) = &stdin
-            && let Err(error) = write_all(fd, &part).await
+        if let Some(sink) = &stdin
+            && let Err(error) = write_all(&sink.fd, &part).await
         {
             tracing::debug!(%error, "the command takes no more input");
             stdin = None;

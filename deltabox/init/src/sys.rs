@@ -1,0 +1,157 @@
+//! Init's system calls that neither std nor nix offer safely: one function per call, no policy.
+#![expect(unsafe_code, reason = "system calls without a safe wrapper; tidy allows them in this file")]
+
+use std::ffi::{CStr, CString};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+#[path = "../../src/sys/mount.rs"]
+#[allow(unreachable_pub, reason = "shared with the engine, where it is a public module")]
+#[allow(dead_code, reason = "shared with the engine, which uses all of it")]
+pub(crate) mod mount;
+#[path = "../../src/sys/socket.rs"]
+#[allow(unreachable_pub, reason = "shared with the engine, where it is a public module")]
+pub(crate) mod socket;
+
+/// The result of a raw system call as `io::Result`.
+fn check(ret: libc::c_long) -> io::Result<libc::c_long> {
+    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(ret) }
+}
+
+/// A raw system call that returns a new descriptor.
+fn check_fd(ret: libc::c_long) -> io::Result<OwnedFd> {
+    let fd = i32::try_from(check(ret)?).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
+    // SAFETY: the kernel just made this descriptor for us and nobody else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A descriptor that the engine left open across the exec, by its agreed number. Close-on-exec from now on.
+pub(crate) fn inherited(number: i32) -> io::Result<OwnedFd> {
+    // SAFETY: no pointers; fails with EBADF when there is no such descriptor.
+    check(unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) }.into())?;
+    // SAFETY: the descriptor exists (checked above), and main takes each number once.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Forks. The child runs `child` and exits with what it returns.
+pub(crate) fn fork(child: impl FnOnce() -> i32) -> io::Result<u32> {
+    // SAFETY: init has one thread, so the child may do whatever it likes.
+    match unsafe { libc::fork() } {
+        0 => std::process::exit(child()),
+        pid => u32::try_from(pid).map_err(|_| io::Error::last_os_error()),
+    }
+}
+
+/// Reaps one ended process of any kind; its PID and raw status. `None` if none is waiting.
+pub(crate) fn reap() -> Option<(u32, i32)> {
+    let mut status = 0;
+    // SAFETY: `status` outlives the call.
+    let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG | libc::__WALL) };
+    u32::try_from(pid).ok().filter(|&pid| pid > 0).map(|pid| (pid, status))
+}
+
+/// The slave of an unlocked terminal master (it never becomes the caller's controlling terminal).
+pub(crate) fn terminal_peer(master: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let unlock: libc::c_int = 0;
+    // SAFETY: TIOCSPTLCK reads one int.
+    check(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const unlock) }.into())?;
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // SAFETY: TIOCGPTPEER takes flags by value and returns a descriptor.
+    check_fd(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) }.into())
+}
+
+/// Sets a terminal's size.
+pub(crate) fn set_terminal_size(terminal: BorrowedFd<'_>, rows: u16, cols: u16) -> io::Result<()> {
+    let size = libc::winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: TIOCSWINSZ reads one winsize.
+    check(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) }.into()).map(drop)
+}
+
+/// Makes a terminal the controlling one of the caller, a session leader without one.
+pub(crate) fn take_terminal(terminal: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: TIOCSCTTY takes a number by value.
+    check(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY, 0) }.into()).map(drop)
+}
+
+/// Puts a copy of `fd` at standard stream `number` (0 to 2), open across exec.
+pub(crate) fn set_standard_stream(fd: BorrowedFd<'_>, number: i32) -> io::Result<()> {
+    // SAFETY: no pointers. A child before exec: nothing owns numbers 0 to 2.
+    check(unsafe { libc::dup2(fd.as_raw_fd(), number) }.into()).map(drop)
+}
+
+/// Takes a capability out of the bounding set.
+pub(crate) fn drop_bounding_capability(number: u32) -> io::Result<()> {
+    // SAFETY: no pointers.
+    check(unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(number), 0, 0, 0) }.into()).map(drop)
+}
+
+/// Empties the inheritable set and with it the ambient set, so that only exec's own rule gives capabilities.
+pub(crate) fn clear_ambient_capabilities() -> io::Result<()> {
+    let all = libc::PR_CAP_AMBIENT_CLEAR_ALL;
+    // SAFETY: no pointers.
+    check(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, all, 0, 0, 0) }.into()).map(drop)
+}
+
+/// Installs a system call filter on the caller, inherited by every process it starts.
+pub(crate) fn set_filter(program: &[u8]) -> io::Result<()> {
+    let mut filter: Vec<libc::sock_filter> = program
+        .chunks_exact(8)
+        .map(|c| libc::sock_filter {
+            code: u16::from_le_bytes([c[0], c[1]]),
+            jt: c[2],
+            jf: c[3],
+            k: u32::from_le_bytes([c[4], c[5], c[6], c[7]]),
+        })
+        .collect();
+    let len = u16::try_from(filter.len()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    let program = libc::sock_fprog { len, filter: filter.as_mut_ptr() };
+    // SAFETY: `program` describes `filter`, which outlives the call; the kernel verifies its instructions.
+    check(unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program) }).map(drop)
+}
+
+/// Sets the flags of the loopback interface to up.
+pub(crate) fn loopback_up(socket: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: ifreq is plain old data; all zeroes is valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (slot, byte) in request.ifr_name.iter_mut().zip(b"lo") {
+        *slot = byte.cast_signed();
+    }
+    request.ifr_ifru.ifru_flags =
+        libc::c_short::try_from(libc::IFF_UP | libc::IFF_RUNNING).unwrap_or(libc::c_short::MAX);
+    // SAFETY: SIOCSIFFLAGS reads one ifreq.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) }.into()).map(drop)
+}
+
+/// Sets every signal to its default action and unblocks all: what a new program expects.
+pub(crate) fn reset_signals() {
+    for signal in 1..=libc::SIGRTMAX() {
+        // SAFETY: SIG_DFL is valid for every signal; those that cannot be changed answer EINVAL, which is fine.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+    let empty = nix::sys::signal::SigSet::empty();
+    let _ = empty.thread_set_mask();
+}
+
+/// Executes `path`. Returns only on failure.
+pub(crate) fn exec(path: &CStr, argv: &[CString], envp: &[CString]) -> nix::Error {
+    match nix::unistd::execve(path, argv, envp) {
+        Err(error) => error,
+        Ok(never) => match never {},
+    }
+}
+
+/// Unmaps the program's own read-only pages; those still needed come back from the page cache at their next use.
+/// What the set-up touched once would otherwise count as resident for the sandbox's whole life.
+pub(crate) fn release_program_pages() -> io::Result<()> {
+    unsafe extern "C" {
+        // Placed by the linker at the first and behind the last byte of the read-only segments.
+        static __executable_start: u8;
+        static etext: u8;
+    }
+    let page = 4096;
+    let start = (&raw const __executable_start) as usize & !(page - 1);
+    let end = (&raw const etext) as usize & !(page - 1);
+    // SAFETY: the range holds only read-only file pages of this program (a sealed memfd), so dropping them loses
+    // nothing: the kernel maps the same bytes again on the next access.
+    check(unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_DONTNEED) }.into()).map(drop)
+}

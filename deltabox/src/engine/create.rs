@@ -1,0 +1,215 @@
+//! `create`: from a request to a driver that serves a sandbox. One straight line; whatever was made before a
+//! failure is removed again.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use super::api::{CreateRequest, Reply, SandboxReport, SandboxState};
+use super::driver::{Driver, DriverParts, Life, Mail, Shown};
+use super::manifest::{InitIdentity, Manifest};
+use super::store::{SandboxDir, random_hex};
+use super::{Engine, Error, Handle, error, lock, unix_ms};
+use crate::deltafs::layer::LiveLayer;
+use crate::deltafs::{base, overlay};
+use crate::sandbox::cgroup::Cgroups;
+use crate::sandbox::spawn::{self, Parts, SpawnError};
+use crate::sandbox::{BaseRef, SandboxId, SandboxSpec};
+use crate::sys::mount::{self, Clone as CloneWhat};
+
+use std::os::fd::{AsFd, OwnedFd};
+
+/// The first layer of every sandbox.
+const FIRST_LAYER: &str = "1";
+
+/// Reserves the name and starts the driver thread, which does the rest and replies.
+pub(super) fn create(engine: &Engine, request: CreateRequest, reply: Reply<SandboxReport>) {
+    let begun = Instant::now();
+    let reserved = check(&request.spec).and_then(|()| reserve(engine, request.name.clone()));
+    let (id, mail) = match reserved {
+        Ok(reserved) => reserved,
+        Err(error) => return reply(Err(error)),
+    };
+    let theirs = (engine.clone(), id.clone());
+    let reply = Arc::new(Mutex::new(Some(reply)));
+    let answer = Arc::clone(&reply);
+    let drive = move || {
+        let (engine, id) = theirs;
+        let made = make(&engine, &id, request.spec, begun);
+        let Some(reply) = lock(&answer).take() else { return };
+        match made {
+            Ok((manifest, life)) => {
+                let driver = register(&engine, manifest, Some(life), mail);
+                reply(engine.inspect(&id));
+                drive_to_the_end(&engine, &id, driver);
+            }
+            Err(error) => {
+                engine.sandboxes().remove(&id);
+                reply(Err(error));
+            }
+        }
+    };
+    if let Err(source) = std::thread::Builder::new().name(format!("sb-{id}")).spawn(drive) {
+        engine.sandboxes().remove(&id);
+        let path = engine.0.store.sandbox(&id).path().to_owned();
+        if let Some(reply) = lock(&reply).take() {
+            reply(Err(Error::Io { op: "start the driver thread of", path, source }));
+        }
+    }
+}
+
+fn check(spec: &SandboxSpec) -> Result<(), Error> {
+    let invalid = |what, why: &str| Err(Error::Invalid { what, why: why.to_owned() });
+    if spec.env.iter().any(|pair| !pair.contains('=') || pair.contains('\0')) {
+        return invalid("env", "give KEY=VALUE");
+    }
+    if spec.limits.memory_bytes.is_some_and(|bytes| bytes < 4 << 20) {
+        return invalid("memory", "at least 4 MiB");
+    }
+    if spec.limits.n_pids.is_some_and(|n| n < 2) {
+        return invalid("pids", "at least 2: init and one command");
+    }
+    Ok(())
+}
+
+fn reserve(engine: &Engine, name: Option<SandboxId>) -> Result<(SandboxId, Arc<Mail>), Error> {
+    let io = |op| move |source| Error::Io { op, path: PathBuf::from("sandbox"), source };
+    let mail = Arc::new(Mail::new().map_err(|errno| io("make the inbox of a")(errno.into()))?);
+    let mut sandboxes = engine.sandboxes();
+    let id = match name {
+        Some(id) if sandboxes.contains_key(&id) => {
+            return Err(Error::Exists { what: "sandbox", name: id.to_string() });
+        }
+        Some(id) => id,
+        None => loop {
+            let name = format!("box-{}", random_hex(3).map_err(io("name a"))?);
+            match name.parse() {
+                Ok(id) if !sandboxes.contains_key(&id) => break id,
+                _ => {}
+            }
+        },
+    };
+    sandboxes.insert(id.clone(), Handle { mail: Arc::clone(&mail), shown: None });
+    Ok((id, mail))
+}
+
+/// Makes the sandbox shown to everybody; from here its driver answers.
+pub(super) fn register(engine: &Engine, manifest: Manifest, life: Option<Life>, mail: Arc<Mail>) -> Driver {
+    let dir = engine.0.store.sandbox(&manifest.id);
+    let state = match &life {
+        Some(_) => SandboxState::Running,
+        None => SandboxState::Dead { reason: "its processes ended while no engine was running".to_owned() },
+    };
+    let report = SandboxReport {
+        id: manifest.id.clone(),
+        state,
+        spec: manifest.spec.clone(),
+        created_unix_ms: manifest.created_unix_ms,
+        init_pid: life.as_ref().map(|life| life.init.pid),
+        cgroup: manifest.cgroups.unified.clone(),
+        live_layer: dir.layers().join(&manifest.live_layer),
+        create_us: manifest.create_us,
+    };
+    let shown = Arc::new(Mutex::new(Shown { report, execs: Vec::new() }));
+    let handle = Handle { mail: Arc::clone(&mail), shown: Some(Arc::clone(&shown)) };
+    engine.sandboxes().insert(manifest.id.clone(), handle);
+    let (logs, retired) = (engine.0.logs.clone(), Arc::clone(&engine.0.retired));
+    Driver::new(DriverParts { manifest, dir, mail, shown, logs, retired }, life)
+}
+
+/// Runs a driver; its sandbox's name is free before the removal is answered.
+pub(super) fn drive_to_the_end(engine: &Engine, id: &SandboxId, driver: Driver) {
+    let reply = driver.run();
+    engine.sandboxes().remove(id);
+    reply(Ok(()));
+}
+
+/// Removes what a failed creation has made, unless it is told to keep it.
+struct Scraps {
+    dir: SandboxDir,
+    cgroups: Option<Cgroups>,
+    keep: bool,
+}
+
+impl Drop for Scraps {
+    fn drop(&mut self) {
+        if self.keep {
+            return;
+        }
+        if let Some(cgroups) = &self.cgroups
+            && let Err(error) = cgroups.kill(std::time::Duration::from_secs(10)).and_then(|()| cgroups.remove())
+        {
+            tracing::error!(%error, "cgroups of a failed creation remain until the next start");
+        }
+        if let Err(error) = self.dir.remove() {
+            tracing::error!(%error, path = %self.dir.path().display(), "files of a failed creation remain until the next start");
+        }
+    }
+}
+
+fn make(engine: &Engine, id: &SandboxId, spec: SandboxSpec, begun: Instant) -> Result<(Manifest, Life), Error> {
+    let inner = &engine.0;
+    let dir = inner.store.sandbox(id);
+    let failed = |source: Box<dyn std::error::Error + Send + Sync>| Error::Create { id: id.clone(), source };
+    let io = |op, path: PathBuf| move |source| Error::Io { op, path, source };
+
+    let base = lowers(engine, &spec.base)?;
+    dir.create().map_err(io("create", dir.path().to_owned()))?;
+    let mut scraps = Scraps { dir: dir.clone(), cgroups: None, keep: false };
+    let layer = LiveLayer::create(&dir.layers().join(FIRST_LAYER)).map_err(io("create a layer in", dir.layers()))?;
+    let mut stack = vec![inner.fixtures.skeleton().as_fd()];
+    stack.extend(base.lowers.iter().map(AsFd::as_fd));
+    crate::fault::point("create.mount").map_err(io("mount", dir.layers()))?;
+    let root = overlay::mount_stack(&stack, Some(layer.top())).map_err(|error| failed(error.into()))?;
+    crate::fault::point("create.cgroup").map_err(io("create the cgroups of", dir.path().to_owned()))?;
+    let cgroups = Cgroups::create(&inner.hosts, inner.store.tag(), id, &spec.limits)?;
+    scraps.cgroups = Some(cgroups.clone());
+    let dev = inner.fixtures.dev().map_err(io("clone the mount of", PathBuf::from("/dev")))?;
+    let listener = dir.listener();
+    let parts = Parts { id, net: spec.net, root, dev, binds: base.binds, cgroups: &cgroups, listener: &listener };
+    let spawned = spawn::spawn(parts).map_err(|error| match error {
+        SpawnError::Cgroup(error) => Error::from(error),
+        other => failed(other.into()),
+    })?;
+
+    let init = InitIdentity::of(spawned.init.pid).map_err(io("identify init in", PathBuf::from("/proc")))?;
+    let create_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+    let manifest =
+        Manifest::new(id.clone(), spec, unix_ms(), create_us, cgroups, FIRST_LAYER.to_owned(), base.frame, init);
+    manifest.save(dir.path()).map_err(io("write the manifest in", dir.path().to_owned()))?;
+    scraps.keep = true;
+    Ok((manifest, Life { init: spawned.init, link: spawned.link }))
+}
+
+/// What a new sandbox is stacked upon.
+struct Lowers {
+    lowers: Vec<OwnedFd>,
+    binds: Vec<(String, OwnedFd)>,
+    frame: Option<String>,
+}
+
+fn lowers(engine: &Engine, base: &BaseRef) -> Result<Lowers, Error> {
+    let refused = |error| error::base_refused(&base.to_string(), error);
+    match base {
+        BaseRef::Host { with } => {
+            let host = engine.host_base(with)?;
+            let io = |path: &str| {
+                let path = PathBuf::from(path);
+                move |source| Error::Io { op: "clone the mount of", path, source }
+            };
+            // A mount can be attached once: each sandbox gets clones.
+            let binds = host.binds.iter().map(|(path, mount)| {
+                let copy = mount::open_tree_clone(mount.as_fd(), c"", CloneWhat::One).map_err(io(path))?;
+                Ok((path.clone(), copy))
+            });
+            let binds = binds.collect::<Result<_, Error>>()?;
+            let tree = host.tree.try_clone().map_err(io("the host base"))?;
+            Ok(Lowers { lowers: vec![tree], binds, frame: Some(host.digest.clone()) })
+        }
+        BaseRef::Dir { path } => {
+            let base = base::directory(path, &engine.0.id_map).map_err(refused)?;
+            Ok(Lowers { lowers: base.lowers, binds: base.binds, frame: None })
+        }
+        BaseRef::Image { name } => Err(Error::NoBase { name: name.clone() }),
+    }
+}

@@ -1,0 +1,132 @@
+//! What an engine finds when it starts: sandboxes that ran on without it, dead ones, and half-made ones.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use deltabox_common::init::ToInit;
+
+use super::create::{drive_to_the_end, register};
+use super::driver::{Life, Mail};
+use super::manifest::Manifest;
+use super::store::REMOVING;
+use super::{Engine, Error};
+use crate::sandbox::cgroup::{self, Cgroups};
+use crate::sandbox::link::InitLink;
+use crate::sandbox::{self, SandboxId};
+use crate::sys::process::{self, Child};
+
+/// How long processes of a half-made sandbox may take to die.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// Goes through the store and the store's cgroups. A sandbox that cannot be recovered never keeps others from it.
+pub(super) fn recover(engine: &Engine) -> Result<(), Error> {
+    let sandboxes = engine.0.store.sandboxes();
+    let io = |op| {
+        let path = sandboxes.clone();
+        move |source| Error::Io { op, path, source }
+    };
+    let mut frames = BTreeSet::new();
+    for entry in fs::read_dir(&sandboxes).map_err(io("list"))? {
+        let name = entry.map_err(io("list"))?.file_name().to_string_lossy().into_owned();
+        if name.starts_with(REMOVING) {
+            fs::remove_dir_all(sandboxes.join(&name)).map_err(io("finish removing in"))?;
+            continue;
+        }
+        let Ok(id) = name.parse::<SandboxId>() else {
+            tracing::warn!(name, "left alone: not the name of a sandbox");
+            continue;
+        };
+        match Manifest::load(engine.0.store.sandbox(&id).path()) {
+            Ok(manifest) => {
+                frames.extend(manifest.frame.clone());
+                take_up(engine, manifest)?;
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                tracing::info!(sandbox = name, "cleaning up: half made");
+                clean(engine, &id)?;
+            }
+            // Somebody else's format or a damaged disk: not ours to delete.
+            Err(error) => tracing::error!(sandbox = name, %error, "left alone: its manifest cannot be read"),
+        }
+    }
+    clean_cgroups(engine)?;
+    clean_frames(&engine.0.store.frames(), &frames)
+}
+
+/// A sandbox on record: its init still runs, or it is dead.
+fn take_up(engine: &Engine, manifest: Manifest) -> Result<(), Error> {
+    let id = manifest.id.clone();
+    let listener = engine.0.store.sandbox(&id).listener();
+    let life = match reach(&manifest, &listener) {
+        Ok(life) => Some(life),
+        Err(error) => {
+            tracing::warn!(sandbox = %id, %error, "dead");
+            // What is left of it (init gone, others not yet) goes as well.
+            manifest.cgroups.kill(DEADLINE)?;
+            None
+        }
+    };
+    let io = |source| Error::Io { op: "recover", path: listener.clone(), source };
+    let mail = Arc::new(Mail::new().map_err(|errno| io(errno.into()))?);
+    let driver = register(engine, manifest, life, mail);
+    let (engine, name) = (engine.clone(), id.clone());
+    let drive = move || drive_to_the_end(&engine, &name, driver);
+    std::thread::Builder::new().name(format!("sb-{id}")).spawn(drive).map(drop).map_err(io)
+}
+
+fn reach(manifest: &Manifest, listener: &Path) -> io::Result<Life> {
+    let gone = || io::Error::new(io::ErrorKind::NotFound, "its init is gone");
+    let pidfd = process::pidfd_open(manifest.init.pid).map_err(|_| gone())?;
+    // After the pidfd is open, so that the process checked is the process held.
+    if !manifest.init.is_alive() {
+        return Err(gone());
+    }
+    let mut link = InitLink::new(sandbox::connect_at(listener)?)?;
+    link.send(&ToInit::List, &[])?;
+    Ok(Life { init: Child { pid: manifest.init.pid, pidfd }, link })
+}
+
+fn clean(engine: &Engine, id: &SandboxId) -> Result<(), Error> {
+    let tag = engine.0.store.tag();
+    let unified = cgroup::store_group(&engine.0.hosts.unified, tag).join(id.as_str());
+    let v1 = engine.0.hosts.v1.values().map(|root| cgroup::store_group(root, tag).join(id.as_str())).collect();
+    let cgroups = Cgroups { unified, v1 };
+    cgroups.kill(DEADLINE)?;
+    cgroups.remove()?;
+    let dir = engine.0.store.sandbox(id);
+    dir.remove().map_err(|source| Error::Io { op: "remove", path: dir.path().to_owned(), source })
+}
+
+/// Groups that no sandbox on record owns.
+fn clean_cgroups(engine: &Engine) -> Result<(), Error> {
+    let group = cgroup::store_group(&engine.0.hosts.unified, engine.0.store.tag());
+    let entries = match fs::read_dir(&group) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other.map_err(|source| Error::Io { op: "list", path: group.clone(), source })?,
+    };
+    for entry in entries.flatten().filter(|entry| entry.path().is_dir()) {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if let Ok(id) = name.parse::<SandboxId>()
+            && !engine.0.store.sandbox(&id).path().exists()
+        {
+            clean(engine, &id)?;
+        }
+    }
+    Ok(())
+}
+
+/// Frames that no sandbox on record stands on.
+fn clean_frames(dir: &Path, used: &BTreeSet<String>) -> Result<(), Error> {
+    let io = |source| Error::Io { op: "clean", path: dir.to_owned(), source };
+    for entry in fs::read_dir(dir).map_err(io)? {
+        let entry = entry.map_err(io)?;
+        if !used.contains(entry.file_name().to_string_lossy().as_ref()) {
+            fs::remove_dir_all(entry.path()).map_err(io)?;
+        }
+    }
+    Ok(())
+}

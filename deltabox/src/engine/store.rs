@@ -1,0 +1,159 @@
+//! The store directory: who may use it, and where things lie in it.
+//!
+//! ```text
+//! STORE/            0700
+//!   lock            flock: one engine per store
+//!   tag             16 hex digits that name this store's cgroups
+//!   daemon.log
+//!   bases/NAME/     imported images
+//!   frames/DIGEST/  what `--base host` shows (deltafs::hostbase)
+//!   sandboxes/ID/   sandbox.json  init.sock  layers/LAYER/{upper,work}  logs/PID.log
+//! ```
+//! A sandbox exists if and only if its `sandbox.json` was renamed into place.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+
+use super::Error;
+use crate::sandbox::SandboxId;
+
+/// An open store.
+#[derive(Debug)]
+pub(super) struct Store {
+    root: PathBuf,
+    tag: String,
+    _lock: Flock<File>,
+}
+
+impl Store {
+    /// Makes the directory where it is missing and takes its lock.
+    pub(super) fn open(root: &Path) -> Result<Self, Error> {
+        let io = |op| move |source| Error::Io { op, path: root.to_owned(), source };
+        DirBuilder::new().recursive(true).mode(0o700).create(root).map_err(io("create the store"))?;
+        let root = fs::canonicalize(root).map_err(io("resolve the store"))?;
+        fs::set_permissions(&root, fs::Permissions::from_mode(0o700)).map_err(io("restrict the store"))?;
+        let lock = root.join("lock");
+        let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&lock);
+        let file = file.map_err(|source| Error::Io { op: "open", path: lock, source })?;
+        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+            nix::Error::EWOULDBLOCK => Error::Refused {
+                what: format!("open the store {}", root.display()),
+                why: "another deltabox daemon uses it".to_owned(),
+                hint: "use that daemon's socket, or another --store".to_owned(),
+            },
+            errno => Error::Io { op: "lock the store", path: root.clone(), source: errno.into() },
+        })?;
+        for dir in ["sandboxes", "bases", "frames"] {
+            let dir = root.join(dir);
+            fs::create_dir_all(&dir).map_err(|source| Error::Io { op: "create", path: dir, source })?;
+        }
+        let tag = read_or_make_tag(&root).map_err(|source| Error::Io {
+            op: "read the tag of",
+            path: root.clone(),
+            source,
+        })?;
+        Ok(Self { root, tag, _lock: lock })
+    }
+
+    /// Names this store's cgroups.
+    pub(super) fn tag(&self) -> &str {
+        &self.tag
+    }
+
+    pub(super) fn bases(&self) -> PathBuf {
+        self.root.join("bases")
+    }
+
+    pub(super) fn frames(&self) -> PathBuf {
+        self.root.join("frames")
+    }
+
+    pub(super) fn sandboxes(&self) -> PathBuf {
+        self.root.join("sandboxes")
+    }
+
+    pub(super) fn sandbox(&self, id: &SandboxId) -> SandboxDir {
+        SandboxDir(self.sandboxes().join(id.as_str()))
+    }
+}
+
+fn read_or_make_tag(root: &Path) -> io::Result<String> {
+    let path = root.join("tag");
+    match fs::read_to_string(&path) {
+        Ok(tag) if tag.len() == 16 && tag.bytes().all(|b| b.is_ascii_hexdigit()) => Ok(tag),
+        Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidData, "not 16 hex digits")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let tag = random_hex(8)?;
+            let staging = root.join(".tag");
+            fs::write(&staging, &tag)?;
+            fs::rename(&staging, &path)?;
+            Ok(tag)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// `n_bytes` of randomness in hexadecimal.
+pub(super) fn random_hex(n_bytes: usize) -> io::Result<String> {
+    let mut bytes = vec![0_u8; n_bytes];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// The directory of one sandbox.
+#[derive(Clone, Debug)]
+pub(super) struct SandboxDir(PathBuf);
+
+/// Directories with this prefix are on their way out; no sandbox can have such a name.
+pub(super) const REMOVING: &str = ".removing-";
+
+impl SandboxDir {
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub(super) fn listener(&self) -> PathBuf {
+        self.0.join("init.sock")
+    }
+
+    pub(super) fn layers(&self) -> PathBuf {
+        self.0.join("layers")
+    }
+
+    pub(super) fn logs(&self) -> PathBuf {
+        self.0.join("logs")
+    }
+
+    pub(super) fn log(&self, pid: u32) -> PathBuf {
+        self.logs().join(format!("{pid}.log"))
+    }
+
+    /// Makes the directory itself and those in it. Fails if it exists.
+    pub(super) fn create(&self) -> io::Result<()> {
+        fs::create_dir(&self.0)?;
+        fs::create_dir(self.layers())?;
+        fs::create_dir(self.logs())
+    }
+
+    /// Removes everything: first by a rename, so that a crash in between leaves nothing that looks like a sandbox.
+    pub(super) fn remove(&self) -> io::Result<()> {
+        let name = self.0.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let doomed = self.0.with_file_name(format!("{REMOVING}{name}"));
+        match fs::rename(&self.0, &doomed) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            // One of an earlier removal that was cut short.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTEMPTY | libc::EEXIST)) => {
+                fs::remove_dir_all(&doomed)?;
+                fs::rename(&self.0, &doomed)?;
+            }
+            other => other?,
+        }
+        crate::fault::point("remove.delete")?;
+        // std walks by descriptors and never follows a symbolic link.
+        fs::remove_dir_all(&doomed)
+    }
+}
