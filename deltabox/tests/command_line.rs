@@ -113,7 +113,9 @@ fn a_user_who_may_not_connect_is_told_where_why_and_what_to_do() {
     let _listener = UnixListener::bind(place.socket()).unwrap();
     // A copy of the program where anybody may run it; the socket's directory is open, the socket is not.
     let program = place.dir.path().join("deltabox");
-    fs::copy(env!("CARGO_BIN_EXE_deltabox"), &program).unwrap();
+    // By a process of its own: a descriptor open for writing here would be inherited by what other tests start
+    // (ETXTBSY).
+    assert!(Command::new("cp").arg(env!("CARGO_BIN_EXE_deltabox")).arg(&program).status().unwrap().success());
     for (path, mode) in [(place.dir.path(), 0o755), (&program, 0o755), (&place.socket(), 0o600)] {
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     }
