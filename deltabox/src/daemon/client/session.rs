@@ -264,7 +264,7 @@ async fn receive(
     let mut frames = FrameBuffer::new();
     let mut head = head.chunks(MAX_PAYLOAD / 2);
     loop {
-        while let Some((kind, payload)) = frames.next().map_err(|error| nonsense(error.to_string()))? {
+        while let Some((kind, payload)) = frames.take_frame().map_err(|error| nonsense(error.to_string()))? {
             let taken = match ServerFrame::parse(kind, payload).map_err(|error| nonsense(error.to_string()))? {
                 ServerFrame::Started(started) => {
                     *pid = Some(started.pid);
