@@ -4,13 +4,14 @@ use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use serde_json::json;
 
 use crate::kernel::{Finding, Level, Verdict, examine, suffices};
 
 /// Runs all probes and prints the report. Fails if something required was not found.
 pub fn run(store: &Path, json: bool) -> ExitCode {
-    let findings = examine(store);
+    let findings = undisturbed(|| examine(store));
     let ok = suffices(&findings);
     let kernel = kernel_release();
     let text = if json {
@@ -23,6 +24,18 @@ pub fn run(store: &Path, json: bool) -> ExitCode {
     // A reader that went away (`| head`) has all it wanted.
     let _ = std::io::stdout().write_all(text.as_bytes());
     if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Runs `work` to its end, which is near, before an interrupt takes effect: probes must undo what they do.
+fn undisturbed<T>(work: impl FnOnce() -> T) -> T {
+    let ends: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
+    let before = ends.thread_swap_mask(SigmaskHow::SIG_BLOCK);
+    let result = work();
+    if let Ok(before) = before {
+        // Fails for no mask that was set before.
+        let _ = before.thread_set_mask();
+    }
+    result
 }
 
 fn kernel_release() -> String {
@@ -62,12 +75,15 @@ fn table(findings: &[Finding], width: usize) -> String {
     );
     let indent = words + 2 + names + 2 + levels + 2;
     let mut text = String::new();
+    let mut remedy_above = "";
     for finding in findings {
         let (word, detail) = verdict(finding);
         text += &format!("{word:words$}  {:names$}  {:levels$}  ", finding.name, level(finding.level));
         text += &wrap(detail, indent, width);
         if !finding.verdict.is_found() {
-            for line in [format!("means: {}", finding.consequence), format!("to do: {}", finding.remedy)] {
+            let remedy = if finding.remedy == remedy_above { "as above" } else { finding.remedy };
+            remedy_above = finding.remedy;
+            for line in [format!("means: {}", finding.consequence), format!("to do: {remedy}")] {
                 text += &" ".repeat(indent);
                 // "means: " and "to do: " are as long as each other: their texts align.
                 text += &wrap(&line, indent + "means: ".len(), width);
@@ -138,6 +154,14 @@ missing  reflink  optional  FICLONE on ext4: EOPNOTSUPP
                             to do: get it
 ";
         assert_eq!(table(&sample(), 100), expected);
+    }
+
+    #[test]
+    fn a_remedy_is_told_once_for_neighbours_that_share_it() {
+        let denied = || Verdict::Denied { detail: "EPERM".to_owned() };
+        let text = table(&[finding("a", Level::Required, denied()), finding("b", Level::Required, denied())], 100);
+        assert_eq!(text.matches("to do: get it").count(), 1, "{text}");
+        assert_eq!(text.matches("to do: as above").count(), 1, "{text}");
     }
 
     #[test]

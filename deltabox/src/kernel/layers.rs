@@ -36,7 +36,9 @@ struct Upper<'a> {
 fn overlay(lowers: &[BorrowedFd<'_>], upper: Option<&Upper<'_>>) -> Result<OwnedFd, Failure> {
     let fs = fsopen(c"overlay").map_err(at("fsopen overlay"))?;
     let said = |op: &str, error: io::Error| {
+        // Each message begins with its weight: `e overlay: ...`.
         let log = fs_log(fs.as_fd());
+        let log = log.strip_prefix("e ").unwrap_or(&log);
         at(&if log.is_empty() { op.to_owned() } else { format!("{op} ({log})") })(error)
     };
     let options: [(&CStr, &CStr); 5] =
@@ -99,8 +101,19 @@ impl Stack {
     }
 }
 
+/// A directory in the store. That none can be made there says nothing about the kernel.
 fn scratch(ground: &Ground) -> Result<Scratch, Failure> {
-    Scratch::create(&ground.store).map_err(at(&format!("mkdir in {}", ground.store.display())))
+    let op = format!("mkdir in {}", ground.store.display());
+    Scratch::create(&ground.store).map_err(|error| match at(&op)(error) {
+        Failure::Missing(text) => Failure::NotProbed(text),
+        other => other,
+    })
+}
+
+/// The store's directory, or that in which it will be made, can be written.
+pub(super) fn store(ground: &Ground) -> Outcome {
+    drop(scratch(ground)?);
+    Ok(format!("{} ({}) is writable", ground.store.display(), filesystem(&ground.store)))
 }
 
 /// An overlay in the store: what lies below shows, what is written lands in the upper directory.

@@ -32,11 +32,20 @@ const RESOURCE: [Capability; 1] = [(24, "CAP_SYS_RESOURCE")];
 /// The inode number of the initial user namespace (PROC_USER_INIT_INO in include/linux/proc_ns.h).
 const INITIAL_USER_NS: u64 = 0xEFFF_FFFD;
 
+fn is_initial_user_ns() -> std::io::Result<bool> {
+    Ok(std::fs::metadata("/proc/self/ns/user")?.ino() == INITIAL_USER_NS)
+}
+
+/// Whether this is root of the initial user namespace, for all that can be told.
+pub(super) fn is_initial_root() -> bool {
+    nix::unistd::geteuid().is_root() && is_initial_user_ns().unwrap_or(false)
+}
+
 /// Whether this is root of the initial user namespace.
 pub(super) fn root(_: &Ground) -> Outcome {
-    let namespace = std::fs::metadata("/proc/self/ns/user").map_err(at("stat /proc/self/ns/user"))?.ino();
+    let initial = is_initial_user_ns().map_err(at("stat /proc/self/ns/user"))?;
     let uid = nix::unistd::geteuid();
-    match (uid.is_root(), namespace == INITIAL_USER_NS) {
+    match (uid.is_root(), initial) {
         (true, true) => Ok("uid 0 in the initial user namespace".to_owned()),
         (true, false) => Err(Failure::Denied("uid 0, but not in the initial user namespace".to_owned())),
         (false, _) => Err(Failure::Denied(format!("uid {uid}"))),

@@ -143,17 +143,46 @@ fn own_cgroups(directory: &Path) -> Vec<PathBuf> {
     found
 }
 
+/// Whatever changes in the mount table from here on was our doing, and orphans of our children become our children.
+fn enter_own_mount_namespace() {
+    use nix::mount::{MsFlags, mount};
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+    nix::sys::prctl::set_child_subreaper(true).unwrap();
+}
+
 #[test]
 fn doctor_leaves_nothing_behind() {
     let Some(store) = alone("doctor_leaves_nothing_behind", None) else { return };
-    // A mount namespace of our own: whatever changes in it was ours.
-    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-    nix::sys::prctl::set_child_subreaper(true).unwrap();
+    enter_own_mount_namespace();
     let before = Traces::collect();
     assert_eq!(before.children, BTreeSet::new());
     let findings = examine(&store);
     assert_eq!(Traces::collect(), before);
     assert!(suffices(&findings), "{findings:#?}");
+}
+
+#[test]
+fn doctor_leaves_nothing_behind_where_steps_fail() {
+    let Some(store) = alone("doctor_leaves_nothing_behind_where_steps_fail", None) else { return };
+    enter_own_mount_namespace();
+    // A store on an overlay cannot hold upper directories or be idmapped.
+    let directories = ["lower", "upper", "work", "store"].map(|name| store.join(name));
+    directories.iter().for_each(|path| std::fs::create_dir(path).unwrap());
+    let [lower, upper, work, inner] = directories.each_ref().map(|path| path.display());
+    let options = format!("lowerdir={lower},upperdir={upper},workdir={work}");
+    let flags = nix::mount::MsFlags::empty();
+    nix::mount::mount(Some("overlay"), &directories[3], Some("overlay"), flags, Some(&*options)).unwrap();
+
+    let before = Traces::collect();
+    let findings = examine(&directories[3]);
+    assert_eq!(Traces::collect(), before);
+    assert_eq!(std::fs::read_dir(&directories[3]).unwrap().count(), 0, "left in {inner}");
+    let absent = names(&findings, |finding| finding.level == Required && !finding.verdict.is_found());
+    assert_eq!(absent, ["overlay", "overlay seal", "idmapped store"]);
+
+    nix::mount::umount(&directories[3]).unwrap();
+    directories.iter().for_each(|path| std::fs::remove_dir_all(path).unwrap());
 }
 
 #[test]
@@ -180,6 +209,7 @@ fn doctor_without_privileges_claims_nothing_it_has_not_done() {
         "PAGEMAP_SCAN",
         "uffd WP_ASYNC",
         "process_madvise",
+        "store",
         "plain root",
         "reflink",
         "BTF",
