@@ -18,8 +18,9 @@ pub(super) fn run(store: &Path, json: bool) -> ExitCode {
         let report = json!({ "kernel": kernel, "ok": ok, "findings": findings });
         format!("{report}\n")
     } else {
+        let width = width(std::env::var("COLUMNS").ok().as_deref());
         let head = format!("Linux {kernel}, store {}\n\n", store.display());
-        head + &table(&findings, width(std::env::var("COLUMNS").ok().as_deref())) + "\n" + &summary(&findings)
+        head + &table(&findings, width) + "\n" + &wrap(&summary(&findings), 0, width)
     };
     // A reader that went away (`| head`) has all it wanted.
     let _ = std::io::stdout().write_all(text.as_bytes());

@@ -229,6 +229,13 @@ mod tests {
     }
 
     #[test]
+    fn a_wait_for_what_never_comes_ends_at_its_deadline() {
+        let child = ProbeChild::start(CloneRequest::default(), &[Step::Wait]).unwrap();
+        let waited = wait_for(child.pidfd(), PollFlags::POLLIN, Instant::now());
+        assert_eq!(waited.unwrap_err().raw_os_error(), Some(libc::ETIMEDOUT));
+    }
+
+    #[test]
     fn a_dropped_child_is_gone_and_reaped() {
         let child = ProbeChild::start(CloneRequest::default(), &[Step::Wait]).unwrap();
         let pid = child.pid();

@@ -69,6 +69,17 @@ fn doctor_names_every_probe_once() {
     assert_eq!(unique.len(), PROBES.len());
 }
 
+#[test]
+fn the_documentation_has_a_row_for_every_probe_in_this_order() {
+    let text = include_str!("../../docs/doctor.md");
+    let rows: Vec<_> = text.lines().filter(|line| line.matches(" | ").count() >= 4).skip(1).collect();
+    let expected = PROBES.iter().map(|probe| format!("| {} | {:?} |", probe.name, probe.level));
+    assert_eq!(rows.len(), PROBES.len());
+    for (row, start) in rows.into_iter().zip(expected) {
+        assert!(row.to_lowercase().starts_with(&start.to_lowercase()), "{row} should begin with {start}");
+    }
+}
+
 /// What could be left behind, as this process sees it.
 #[derive(Debug, PartialEq, Eq)]
 struct Traces {

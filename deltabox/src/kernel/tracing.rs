@@ -27,7 +27,8 @@ fn stop(child: &ProbeChild) -> Result<(), Failure> {
 /// A denied call of a seized child is let through, and denied again after the detach.
 pub(super) fn suspend_seccomp(_: &Ground) -> Outcome {
     let number = u32::try_from(libc::SYS_getpriority).map_err(|error| Failure::NotProbed(error.to_string()))?;
-    let filter = deny_one(number, 13 /* EACCES, which getpriority itself never gives */);
+    // An answer that getpriority itself never gives.
+    let filter = deny_one(number, libc::EACCES);
     let steps = [
         Step::Alarm(ALARM_S),
         Step::NoNewPrivileges,

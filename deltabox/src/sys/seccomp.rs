@@ -13,7 +13,7 @@ pub fn notification_sizes() -> io::Result<[u16; 3]> {
 }
 
 /// A filter that answers `errno` to the system call `number` and allows all others. Looks at no architecture.
-pub fn deny_one(number: u32, errno: u16) -> [libc::sock_filter; 4] {
+pub fn deny_one(number: u32, errno: i32) -> [libc::sock_filter; 4] {
     let op = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
         code: u16::try_from(code).unwrap_or(u16::MAX),
         jt,
@@ -24,7 +24,12 @@ pub fn deny_one(number: u32, errno: u16) -> [libc::sock_filter; 4] {
     [
         op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
         op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, number),
-        op(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | u32::from(errno)),
+        op(
+            libc::BPF_RET | libc::BPF_K,
+            0,
+            0,
+            libc::SECCOMP_RET_ERRNO | (errno.cast_unsigned() & libc::SECCOMP_RET_DATA),
+        ),
         op(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
     ]
 }
