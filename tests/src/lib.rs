@@ -12,6 +12,7 @@
 )]
 
 pub mod leftovers;
+pub mod terminal;
 
 use std::ffi::OsStr;
 use std::fs;

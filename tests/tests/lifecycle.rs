@@ -136,7 +136,6 @@ fn a_running_exec_goes_on_across_a_killed_daemon() {
     let script = "echo up; while ! test -e /tmp/go; do read -t 0.02 x < /dev/zero; done; echo through; exit 9";
     let mut client = host
         .command(["exec", "a", "--", "bash", "-c", script])
-        .env_remove("DELTABOX_NO_AUTOSTART")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()

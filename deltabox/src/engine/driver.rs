@@ -401,7 +401,8 @@ impl Driver {
         }
     }
 
-    fn hear(&mut self, message: FromInit, fds: Vec<OwnedFd>) {
+    /// Takes what init says.
+    pub(super) fn hear(&mut self, message: FromInit, fds: Vec<OwnedFd>) {
         match message {
             FromInit::Started { seq, pid } => self.started(seq, pid, fds),
             FromInit::StartFailed { seq, step, errno } => {
