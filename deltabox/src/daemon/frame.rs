@@ -226,6 +226,13 @@ impl FrameBuffer {
         self.start += HEADER_LEN + n;
         Ok(Some((kind, payload)))
     }
+
+    /// What of an incomplete output frame has come, of use when no more comes: whether it is standard output
+    /// (not error), and its bytes so far.
+    pub(super) fn partial_output(&self) -> Option<(bool, &[u8])> {
+        let (&[kind, ..], part) = self.bytes[self.start..self.end].split_first_chunk::<HEADER_LEN>()?;
+        matches!(kind, STDOUT | STDERR).then_some((kind == STDOUT, part))
+    }
 }
 
 impl Default for FrameBuffer {
@@ -327,6 +334,21 @@ mod tests {
             }
             assert!(n_bytes <= all.len());
         }
+    }
+
+    #[test]
+    fn the_part_of_an_output_frame_that_came_is_not_lost() {
+        let mut bytes = Vec::new();
+        ServerFrame::Stderr(b"some bytes").encode(&mut bytes);
+        let mut buffer = FrameBuffer::new();
+        feed(&mut buffer, &bytes[..4]);
+        assert_eq!(buffer.partial_output(), None);
+        feed(&mut buffer, &bytes[4..9]);
+        assert_eq!(buffer.take_frame(), Ok(None));
+        assert_eq!(buffer.partial_output(), Some((false, &b"some"[..])));
+        let mut buffer = FrameBuffer::new();
+        feed(&mut buffer, &[EXIT, 0, 0, 0, 9, b'{']);
+        assert_eq!(buffer.partial_output(), None);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::OptionalFromRequestParts;
@@ -41,6 +42,9 @@ use super::answer::Refusal;
 use super::frame::{PROTOCOL, ServerFrame};
 use super::server::{Daemon, SessionToken};
 use super::watch::watch;
+
+/// How long a client may take for the frame under way when the daemon ends. Chosen: half of what the daemon gives.
+const ENDING_PATIENCE: Duration = Duration::from_millis(500);
 
 type OnExit = Box<dyn FnOnce(Exit) + Send>;
 
@@ -220,11 +224,18 @@ async fn relay(
     let terminal = ends.terminal.is_some();
     let output = Output::new(writer, &shared);
     tokio::select! {
-        end = output.run(input.pid, ends.stdout, ends.stderr, exited) => end,
+        end = output.run(input.pid, ends.stdout, ends.stderr, exited, daemon) => end,
         end = receive(&input, reader, &head, &shared) => end,
         () = feed(ends.stdin, terminal, &shared) => End::Gone,
-        () = daemon.ending() => End::Ending,
+        () = out_of_patience(daemon) => End::Ending,
     }
+}
+
+/// `Output` notices the daemon's end by itself, between two frames, so that nothing is lost; one that waits for
+/// a client that does not read is not waited for.
+async fn out_of_patience(daemon: &Daemon) {
+    daemon.ending().await;
+    tokio::time::sleep(ENDING_PATIENCE).await;
 }
 
 /// What the three loops tell each other. Locked for a few instructions, never across an await.

@@ -2,8 +2,8 @@
 //! to again through the next daemon.
 //!
 //! Sending and receiving go on side by side, so that a signal gets through to a command whose output nobody
-//! takes. Bytes of standard input that were under way when a daemon died may be lost; output is not, as long
-//! as the engine keeps it.
+//! takes. Bytes that a daemon had in its hands when it was killed may be lost: standard input, and at most one
+//! frame of output (none when it was told to end).
 
 use std::io;
 use std::path::PathBuf;
@@ -288,11 +288,22 @@ async fn receive(
             frames.filled(part.len());
             continue;
         }
-        match reader.read(frames.room()).await {
-            Ok(0) => return Ok(Stayed::Broken(io::ErrorKind::UnexpectedEof.into())),
-            Ok(n) => frames.filled(n),
-            Err(source) => return Ok(Stayed::Broken(source)),
+        let source = match reader.read(frames.room()).await {
+            Ok(0) => io::ErrorKind::UnexpectedEof.into(),
+            Ok(n) => {
+                frames.filled(n);
+                continue;
+            }
+            Err(source) => source,
+        };
+        // A daemon was killed in the middle of a frame: the next one goes on after what it took from the pipe.
+        if let Some((is_stdout, bytes)) = frames.partial_output() {
+            let stream = if is_stdout { Stream::Stdout } else { Stream::Stderr };
+            if !output.send(stream, bytes).await {
+                return Ok(Stayed::OutputClosed);
+            }
         }
+        return Ok(Stayed::Broken(source));
     }
 }
 

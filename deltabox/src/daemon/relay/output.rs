@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::pin::pin;
 
 use axum::http::StatusCode;
 use nix::errno::Errno;
@@ -11,6 +12,7 @@ use tokio::sync::oneshot;
 
 use crate::daemon::answer::Refusal;
 use crate::daemon::frame::{self, HEADER_LEN, MAX_PAYLOAD, ServerFrame};
+use crate::daemon::server::Daemon;
 use crate::daemon::types::Started;
 use crate::engine::Exit;
 
@@ -40,8 +42,9 @@ impl<'a> Output<'a> {
         stdout: Source,
         stderr: Source,
         exited: oneshot::Receiver<Exit>,
+        daemon: &Daemon,
     ) -> End {
-        match self.run_until_exit(pid, stdout, stderr, exited).await {
+        match self.run_until_exit(pid, stdout, stderr, exited, daemon).await {
             Ok(end) => end,
             // Nobody listens any more.
             Err(_) => End::Gone,
@@ -54,13 +57,16 @@ impl<'a> Output<'a> {
         stdout: Source,
         stderr: Source,
         mut exited: oneshot::Receiver<Exit>,
+        daemon: &Daemon,
     ) -> io::Result<End> {
+        let mut ending = pin!(daemon.ending());
         self.say(&ServerFrame::Started(Started { pid })).await?;
         let (mut out_open, mut err_open) = (stdout.is_some(), stderr.is_some());
         let exit = loop {
             tokio::select! {
                 biased;
                 exit = &mut exited => break exit,
+                () = &mut ending => return Ok(End::Ending),
                 () = self.shared.notes.notified() => {
                     if let Some(end) = self.say_notes().await? {
                         return Ok(end);
