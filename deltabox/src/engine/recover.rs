@@ -85,8 +85,11 @@ fn take_up(engine: &Engine, manifest: Manifest) -> Result<(), Error> {
     std::thread::Builder::new().name(format!("sb-{id}")).spawn(drive).map(drop).map_err(io)
 }
 
+/// What init told of the commands it holds.
+type Held = Vec<(FromInit, Vec<OwnedFd>)>;
+
 /// Connects to a sandbox's init and asks what it holds, so that no client is told that its command is unknown.
-fn reach(manifest: &Manifest, listener: &Path) -> io::Result<(Life, Vec<(FromInit, Vec<OwnedFd>)>)> {
+fn reach(manifest: &Manifest, listener: &Path) -> io::Result<(Life, Held)> {
     let gone = || io::Error::new(io::ErrorKind::NotFound, "its init is gone");
     let pidfd = process::pidfd_open(manifest.init.pid).map_err(|_| gone())?;
     // After the pidfd is open, so that the process checked is the process held.

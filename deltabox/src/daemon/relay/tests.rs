@@ -68,10 +68,9 @@ struct Command {
     exit: oneshot::Sender<Exit>,
 }
 
-fn start(streams: Streams, exited: oneshot::Receiver<Exit>) -> (Client, JoinHandle<End>) {
+fn start(ends: Ends, exited: oneshot::Receiver<Exit>) -> (Client, JoinHandle<End>) {
     let (near, far) = UnixStream::pair().unwrap();
     let daemon = daemon_without_engine("/the/store".into());
-    let ends = Ends::new(streams).unwrap();
     let input = Input { daemon: daemon.clone(), id: "a".parse().unwrap(), pid: 7, terminal: ends.terminal.clone() };
     let (reader, writer) = far.into_split();
     let task = tokio::spawn(async move { relay(ends, input, &daemon, exited, reader, Bytes::new(), writer).await });
@@ -79,8 +78,7 @@ fn start(streams: Streams, exited: oneshot::Receiver<Exit>) -> (Client, JoinHand
     (Client { reader, frames: FrameBuffer::new(), writer: Some(writer) }, task)
 }
 
-fn non_blocking(fd: impl Into<OwnedFd>) -> OwnedFd {
-    let fd = fd.into();
+fn non_blocking(fd: OwnedFd) -> OwnedFd {
     nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
     fd
 }
@@ -89,13 +87,15 @@ fn pipes() -> (Client, Command, JoinHandle<End>) {
     let (stdin, stdin_writer) = io::pipe().unwrap();
     let (stdout_reader, stdout) = io::pipe().unwrap();
     let (stderr_reader, stderr) = io::pipe().unwrap();
-    let streams = Streams::Pipes {
-        stdin: Some(non_blocking(stdin_writer).into()),
-        stdout: non_blocking(stdout_reader),
-        stderr: non_blocking(stderr_reader),
+    let watched = |fd: OwnedFd| Arc::new(watch(non_blocking(fd)).unwrap());
+    let ends = Ends {
+        stdin: Some(Sink { fd: watched(stdin_writer.into()), _hold: None }),
+        stdout: Some(watched(stdout_reader.into())),
+        stderr: Some(watched(stderr_reader.into())),
+        terminal: None,
     };
     let (exit, exited) = oneshot::channel();
-    let (client, task) = start(streams, exited);
+    let (client, task) = start(ends, exited);
     (client, Command { stdin, stdout, stderr, exit }, task)
 }
 
@@ -220,7 +220,7 @@ async fn a_client_that_breaks_the_rules_is_told_and_left() {
 async fn a_terminal_passes_size_input_and_its_end() {
     let pty = nix::pty::openpty(None, None).unwrap();
     let (exit, exited) = oneshot::channel();
-    let (mut client, task) = start(Streams::Pty { master: non_blocking(pty.master) }, exited);
+    let (mut client, task) = start(Ends::new(Streams::Pty { master: non_blocking(pty.master) }).unwrap(), exited);
     client.say(ClientFrame::Resize(crate::engine::WindowSize { rows: 33, cols: 111 })).await;
     client.say(ClientFrame::Stdin(b"line\n")).await;
     client.say(ClientFrame::StdinEnd).await;
