@@ -1,1 +1,3 @@
-//! TBD
+//! The file system of a sandbox: bases and layers.
+
+pub mod imported;
