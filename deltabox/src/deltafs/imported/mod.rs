@@ -119,6 +119,7 @@ impl ImportedBases {
             })?;
             tar::write_archive(archive, &mut writer)?;
         }
+        fault::point("import.times").map_err(ImportError::io("write", &staging.path))?;
         let Written { n_entries, len_bytes, notes } = writer.finish()?;
         let imported_unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
         let imported_unix_ms = u64::try_from(imported_unix_ms).unwrap_or(u64::MAX);
