@@ -11,7 +11,7 @@ use super::manifest::{InitIdentity, Manifest};
 use super::store::{SandboxDir, random_hex};
 use super::{Engine, Error, Handle, error, lock, unix_ms};
 use crate::deltafs::layer::LiveLayer;
-use crate::deltafs::{base, overlay};
+use crate::deltafs::{hostbase, overlay};
 use crate::sandbox::cgroup::Cgroups;
 use crate::sandbox::spawn::{self, Parts, SpawnError};
 use crate::sandbox::{BaseRef, SandboxId, SandboxSpec};
@@ -25,7 +25,7 @@ const FIRST_LAYER: &str = "1";
 /// Reserves the name and starts the driver thread, which does the rest and replies.
 pub(super) fn create(engine: &Engine, request: CreateRequest, reply: Reply<SandboxReport>) {
     let begun = Instant::now();
-    let reserved = check(&request.spec).and_then(|()| reserve(engine, request.name.clone()));
+    let reserved = check(&request.spec).and_then(|()| reserve(engine, &request));
     let (id, mail) = match reserved {
         Ok(reserved) => reserved,
         Err(error) => return reply(Err(error)),
@@ -72,11 +72,12 @@ fn check(spec: &SandboxSpec) -> Result<(), Error> {
     Ok(())
 }
 
-fn reserve(engine: &Engine, name: Option<SandboxId>) -> Result<(SandboxId, Arc<Mail>), Error> {
+fn reserve(engine: &Engine, request: &CreateRequest) -> Result<(SandboxId, Arc<Mail>), Error> {
     let io = |op| move |source| Error::Io { op, path: PathBuf::from("sandbox"), source };
     let mail = Arc::new(Mail::new().map_err(|errno| io("make the inbox of a")(errno.into()))?);
     let mut sandboxes = engine.sandboxes();
-    let id = match name {
+    let image = engine.take_image(&request.spec.base, &sandboxes)?;
+    let id = match request.name.clone() {
         Some(id) if sandboxes.contains_key(&id) => {
             return Err(Error::Exists { what: "sandbox", name: id.to_string() });
         }
@@ -89,7 +90,7 @@ fn reserve(engine: &Engine, name: Option<SandboxId>) -> Result<(SandboxId, Arc<M
             }
         },
     };
-    sandboxes.insert(id.clone(), Handle { mail: Arc::clone(&mail), shown: None });
+    sandboxes.insert(id.clone(), Handle { mail: Arc::clone(&mail), image, shown: None });
     Ok((id, mail))
 }
 
@@ -111,7 +112,11 @@ pub(super) fn register(engine: &Engine, manifest: Manifest, life: Option<Life>, 
         create_us: manifest.create_us,
     };
     let shown = Arc::new(Mutex::new(Shown { report, execs: Vec::new() }));
-    let handle = Handle { mail: Arc::clone(&mail), shown: Some(Arc::clone(&shown)) };
+    let image = match &manifest.spec.base {
+        BaseRef::Image { name } => Some(name.clone()),
+        BaseRef::Host { .. } | BaseRef::Dir { .. } => None,
+    };
+    let handle = Handle { mail: Arc::clone(&mail), image, shown: Some(Arc::clone(&shown)) };
     engine.sandboxes().insert(manifest.id.clone(), handle);
     let (logs, retired) = (engine.0.logs.clone(), Arc::clone(&engine.0.retired));
     Driver::new(DriverParts { manifest, dir, mail, shown, logs, retired }, life)
@@ -207,9 +212,12 @@ fn lowers(engine: &Engine, base: &BaseRef) -> Result<Lowers, Error> {
             Ok(Lowers { lowers: vec![tree], binds, frame: Some(host.digest.clone()) })
         }
         BaseRef::Dir { path } => {
-            let base = base::directory(path, &engine.0.id_map).map_err(refused)?;
-            Ok(Lowers { lowers: base.lowers, binds: base.binds, frame: None })
+            let tree = hostbase::directory(path, &engine.0.id_map).map_err(refused)?;
+            Ok(Lowers { lowers: vec![tree], binds: Vec::new(), frame: None })
         }
-        BaseRef::Image { name } => Err(Error::NoBase { name: name.clone() }),
+        BaseRef::Image { name } => {
+            let tree = engine.0.images.tree(name)?;
+            Ok(Lowers { lowers: vec![tree], binds: Vec::new(), frame: None })
+        }
     }
 }

@@ -4,6 +4,7 @@
 //! its own thread, so a caller never waits inside the engine and nothing here is async.
 
 mod api;
+mod bases;
 mod command;
 mod create;
 mod driver;
@@ -21,15 +22,16 @@ pub use api::{
 };
 pub use error::{Error, Kind};
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::deltafs::fixtures::Fixtures;
 use crate::deltafs::hostbase::HostBase;
+use crate::deltafs::imported::ImportedBases;
 use crate::kernel::cgroups::Hierarchies;
 use crate::sandbox::{SandboxId, idmap};
 use driver::{Mail, Message, Shown};
@@ -56,7 +58,10 @@ struct Inner {
     logs: Logs,
     /// Host bases in use, by what was asked to be shown beyond the default.
     host_bases: Mutex<HashMap<Vec<PathBuf>, Arc<HostBase>>>,
+    images: ImportedBases,
     sandboxes: Mutex<BTreeMap<SandboxId, Handle>>,
+    /// Images on their way out, which no new sandbox may take. Locked only with `sandboxes` held.
+    leaving: Mutex<BTreeSet<String>>,
     /// Set by [`Engine::retire`].
     retired: Arc<AtomicBool>,
 }
@@ -65,6 +70,8 @@ struct Inner {
 #[derive(Clone, Debug)]
 struct Handle {
     mail: Arc<Mail>,
+    /// The imported image it stands on.
+    image: Option<String>,
     /// `None` while it is being created.
     shown: Option<Arc<Mutex<Shown>>>,
 }
@@ -92,8 +99,22 @@ impl Engine {
             idmap::open_namespace().map_err(io("make a user namespace with the id map", "/proc/self/ns/user"))?;
         let fixtures = Fixtures::make().map_err(io("make the shared device directory on", "tmpfs"))?;
         let logs = Logs::start().map_err(io("start the log thread of", "deltabox"))?;
-        let (host_bases, sandboxes, retired) = (Mutex::default(), Mutex::default(), Arc::default());
-        let engine = Self(Arc::new(Inner { store, hosts, id_map, fixtures, logs, host_bases, sandboxes, retired }));
+        let images = ImportedBases::at(&store.bases());
+        let bases = store.bases();
+        images.clean().map_err(|source| Error::Io { op: "clean up", path: bases, source })?;
+        let (host_bases, sandboxes, leaving, retired) = Default::default();
+        let engine = Self(Arc::new(Inner {
+            store,
+            hosts,
+            id_map,
+            fixtures,
+            logs,
+            host_bases,
+            images,
+            sandboxes,
+            leaving,
+            retired,
+        }));
         recover::recover(&engine)?;
         Ok(engine)
     }
@@ -222,21 +243,6 @@ impl Engine {
         let base = Arc::new(base.map_err(|error| error::base_refused("host", error))?);
         bases.insert(with.to_vec(), Arc::clone(&base));
         Ok(base)
-    }
-
-    /// Imports a directory or tar archive as a base (blocking, may take long).
-    pub fn import_base(&self, _name: &str, _source: &Path) -> Result<BaseReport, Error> {
-        Err(Error::ShuttingDown)
-    }
-
-    /// Imported bases, sorted by name.
-    pub fn bases(&self) -> Result<Vec<BaseReport>, Error> {
-        Ok(Vec::new())
-    }
-
-    /// Removes an imported base; refused while a sandbox uses it.
-    pub fn remove_base(&self, name: &str) -> Result<(), Error> {
-        Err(Error::NoBase { name: name.to_owned() })
     }
 }
 

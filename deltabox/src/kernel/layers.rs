@@ -20,7 +20,7 @@ use nix::sys::statfs::{
 use super::Ground;
 use super::probe::{Failure, Outcome, Scratch, at, open_directory, unless};
 use super::sandboxes::{FIRST_OUTSIDE_ID, mapped_user_namespace};
-use crate::sys::fs::{ficlone, fsetxattr};
+use crate::sys::fs::{ficlone, set_xattr};
 use crate::sys::mount::{
     Clone, attr, fs_log, fsconfig_create, fsconfig_fd, fsconfig_flag, fsconfig_string, fsmount, fsopen, mount_setattr,
     open_tree_clone,
@@ -196,7 +196,7 @@ pub(super) fn host_base(ground: &Ground) -> Outcome {
     make_directory(listed.as_fd(), "box/usr")?;
     let set = |path: &str, key: &CStr, value: &[u8]| {
         let directory = open_in(listed.as_fd(), path).map_err(at("open on tmpfs"))?;
-        fsetxattr(directory.as_fd(), key, value).map_err(at(&format!("set {key:?} on tmpfs")))
+        set_xattr(directory.as_fd(), key, value).map_err(at(&format!("set {key:?} on tmpfs")))
     };
     // A /box of the machine must not show through.
     set("box", c"trusted.overlay.opaque", b"y")?;
