@@ -90,14 +90,12 @@ impl ImportedBases {
     /// Nothing is visible, and nothing is left, after any error.
     pub fn import(&self, name: &str, source: &Path) -> Result<BaseManifest, ImportError> {
         let name = self.free_name(name)?;
-        // Not blocking: the path might be a FIFO.
-        let opened = nix::fcntl::open(source, OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK, no_mode())
-            .map(File::from)
-            .map_err(ImportError::io("open", source))?;
-        let stat = opened.metadata().map_err(ImportError::io("stat", source))?;
+        // Looked at before it is opened: opening a FIFO would wait, opening a device may do something.
+        let stat = fs::metadata(source).map_err(ImportError::io("stat", source))?;
         if !stat.is_dir() && !stat.is_file() {
             return Err(refused(source, "neither a directory nor a regular file"));
         }
+        let opened = File::open(source).map_err(ImportError::io("open", source))?;
         private_dir(&self.dir).map_err(ImportError::io("make", &self.dir))?;
         if stat.is_dir() {
             self.refuse_overlap(source)?;
@@ -265,7 +263,7 @@ impl ImportedBases {
             Err(Errno::EEXIST) => return Err(ImportError::Exists { name: name.to_owned() }),
             renamed => renamed.map_err(ImportError::io("rename into place", &staging.path))?,
         }
-        let _lock = staging.keep();
+        staging.keep();
         let synced = fault::point("import.sync_parent").and_then(|()| dir.sync_all());
         if let Err(error) = synced {
             // Nobody was told that it exists: undo, so that the answer is true.
@@ -335,10 +333,9 @@ impl Staging {
         self.path.file_name().unwrap_or_default()
     }
 
-    /// It was renamed: it is a base now. Returns the descriptor that holds the lock.
-    fn keep(mut self) -> io::Result<File> {
+    /// It was renamed: it is a base now.
+    fn keep(mut self) {
         self.is_kept = true;
-        self.dir.try_clone()
     }
 }
 
@@ -354,10 +351,6 @@ impl Drop for Staging {
 
 fn refused(source: &Path, why: &'static str) -> ImportError {
     ImportError::Source { source_path: source.to_owned(), why }
-}
-
-fn no_mode() -> nix::sys::stat::Mode {
-    nix::sys::stat::Mode::empty()
 }
 
 fn private_dir(path: &Path) -> io::Result<()> {

@@ -113,7 +113,7 @@ mod tests {
 
     #[test]
     fn records_keep_binary_values_and_malformed_ones_are_refused() {
-        let records = parse_records(b"9 path=a\n21 SCHILY.xattr.k=\n=\0\n").unwrap();
+        let records = parse_records(b"9 path=a\n22 SCHILY.xattr.k=\n=\0\n").unwrap();
         assert_eq!(records[0], (b"path".to_vec(), b"a".to_vec()));
         assert_eq!(records[1], (b"SCHILY.xattr.k".to_vec(), b"\n=\0".to_vec()));
         for bad in [

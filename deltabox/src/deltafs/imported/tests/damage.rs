@@ -79,8 +79,8 @@ fn every_flipped_bit_of_a_header_is_refused() {
             let mut flipped = whole.clone();
             flipped[at] ^= 1 << (at % 8);
             if store.import_bytes(&flipped).is_ok() {
-                // Bytes after the end of the checksum's digits mean nothing.
-                assert!((154..156).contains(&(at - header)), "a flip at {at} was taken");
+                // A leading zero of the checksum may be a space, and what ends its digits means nothing.
+                assert!((148..156).contains(&(at - header)), "a flip at {at} was taken");
                 assert_same(&look_at(&store.tree("img"), 100_000), &good);
                 store.bases.remove("img").unwrap();
             }

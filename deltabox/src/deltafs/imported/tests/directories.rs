@@ -26,6 +26,47 @@ fn a_directory_keeps_everything() {
     assert_eq!(manifest.len_bytes, len_bytes);
 }
 
+/// Runs `act` in a mount namespace of its own: its mounts end with it.
+fn in_mount_namespace<T: Send>(act: impl FnOnce() -> T + Send) -> T {
+    use nix::mount::{MsFlags, mount};
+    std::thread::scope(|scope| {
+        let act = || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+            mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+            act()
+        };
+        scope.spawn(act).join().unwrap()
+    })
+}
+
+/// Mounts `what`, of type `fstype` or else as a bind mount, at `at`.
+fn mount(what: &str, at: &Path, fstype: Option<&str>, options: &str) {
+    use nix::mount::{MsFlags, mount};
+    let flags = if fstype.is_some() { MsFlags::empty() } else { MsFlags::MS_BIND };
+    mount(Some(what), at, fstype, flags, Some(options)).unwrap();
+}
+
+#[test]
+fn a_store_that_is_full_gives_a_clear_error_and_its_space_back() {
+    let store = Store::new();
+    let source = store.path("source");
+    fs::create_dir_all(&source).unwrap();
+    fs::create_dir_all(store.path("store")).unwrap();
+    fs::write(source.join("a-small"), vec![1; 100_000]).unwrap();
+    fs::write(source.join("b-large"), vec![1; 3_000_000]).unwrap();
+    system_tar(&source, &store.path("archive"), &["--format=gnu"]);
+    in_mount_namespace(|| {
+        mount("tmpfs", &store.path("store"), Some("tmpfs"), "size=2m");
+        for from in [&source, &store.path("archive")] {
+            let error = store.bases.import("img", from).unwrap_err().to_string();
+            assert!(error.contains("b-large") && error.contains("No space left"), "{error}");
+            store.assert_empty();
+        }
+        fs::remove_file(source.join("b-large")).unwrap();
+        store.bases.import("img", &source).unwrap();
+    });
+}
+
 #[test]
 fn sockets_and_other_mounts_are_noted_and_left_out() {
     let store = Store::new();
@@ -33,19 +74,11 @@ fn sockets_and_other_mounts_are_noted_and_left_out() {
     fs::create_dir_all(source.join("mnt")).unwrap();
     fs::write(source.join("file-mount"), b"below").unwrap();
     let _socket = std::os::unix::net::UnixListener::bind(source.join("socket")).unwrap();
-    // A namespace of its own, so that the mounts end with the thread.
-    let manifest = std::thread::scope(|scope| {
-        let import = || {
-            use nix::mount::{MsFlags, mount};
-            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-            let none = None::<&str>;
-            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
-            mount(Some("tmpfs"), &source.join("mnt"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
-            fs::write(source.join("mnt/hidden"), b"").unwrap();
-            mount(Some("/etc/passwd"), &source.join("file-mount"), none, MsFlags::MS_BIND, none).unwrap();
-            store.bases.import("img", &source).unwrap()
-        };
-        scope.spawn(import).join().unwrap()
+    let manifest = in_mount_namespace(|| {
+        mount("tmpfs", &source.join("mnt"), Some("tmpfs"), "");
+        fs::write(source.join("mnt/hidden"), b"").unwrap();
+        mount("/etc/passwd", &source.join("file-mount"), None, "");
+        store.bases.import("img", &source).unwrap()
     });
     assert_eq!(manifest.notes.len(), 2, "{:?}", manifest.notes);
     let seen = look_at(&store.tree("img"), 100_000);
@@ -93,10 +126,14 @@ fn a_tree_as_deep_as_paths_allow_is_imported_and_removed() {
     let tar = Tar::default().pax(&[("path", format!("{deep}f").as_bytes())]).file("f", b"deep");
     let manifest = store.import_bytes(&tar.end()).unwrap();
     assert_eq!(manifest.n_entries, 1_991);
-    let copied = store.bases.import("copy", &store.path("archive")).unwrap();
-    assert_eq!(copied.n_entries, 1_991);
+    // And as a directory: out of the store with it, then in again.
+    fs::rename(store.tree("img"), store.path("source")).unwrap();
     store.bases.remove("img").unwrap();
+    let copied = store.bases.import("copy", &store.path("source")).unwrap();
+    assert_eq!(copied.n_entries, 1_991);
     store.bases.remove("copy").unwrap();
+    // Not left to the temporary directory, which would hold a descriptor for each level.
+    beneath::delete(File::open(store.dir.path()).unwrap(), OsStr::new("source"), |_| {}).unwrap();
     store.assert_empty();
     let longer = "d/".repeat(2_001);
     store.assert_refused(&Tar::default().pax(&[("path", longer.as_bytes())]).dir("d").end(), "4000");
@@ -204,7 +241,12 @@ proptest! {
         assert_same(&look_at(&store.tree("by-dir"), 100_000), &expected);
         system_tar(&source, &archive, &["--format=pax", "-S", "--xattrs", "--xattrs-include=*"]);
         let by_tar = store.bases.import("by-tar", &archive).unwrap();
-        assert_same(&look_at(&store.tree("by-tar"), 100_000), &expected);
+        // GNU tar stores every name of a FIFO as one of its own.
+        let without_fifo_groups = |mut tree: BTreeMap<PathBuf, Seen>| {
+            tree.values_mut().filter(|entry| entry.kind == 'p').for_each(|entry| entry.same_as = None);
+            tree
+        };
+        assert_same(&without_fifo_groups(look_at(&store.tree("by-tar"), 100_000)), &without_fifo_groups(expected));
         prop_assert_eq!((by_dir.n_entries, by_dir.len_bytes), (by_tar.n_entries, by_tar.len_bytes));
         prop_assert_eq!(by_dir.notes, Vec::<String>::new());
     }

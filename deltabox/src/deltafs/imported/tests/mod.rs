@@ -125,6 +125,10 @@ fn look_at(root: &Path, shift: u32) -> BTreeMap<PathBuf, Seen> {
     seen
 }
 
+fn no_mode() -> nix::sys::stat::Mode {
+    nix::sys::stat::Mode::empty()
+}
+
 fn path_fd(path: &Path) -> std::os::fd::OwnedFd {
     nix::fcntl::open(path, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, no_mode()).unwrap()
 }
