@@ -75,12 +75,12 @@ impl Floor {
         Ok(Self { dir, group, fixtures, base, exit: exit_program()?, n_made: AtomicU64::new(0) })
     }
 
-    /// Makes a bare sandbox, runs the program in it as its first process and waits for its end. What it took,
-    /// without the removal of layer and cgroup.
-    pub(crate) fn create(&self, program: Trivial) -> anyhow::Result<Duration> {
+    /// Makes a bare sandbox, runs the program in it as its first process and waits for its end. What it took, and
+    /// what is left of it, whose removal is not in the clock.
+    pub(crate) fn create(&self, program: Trivial) -> anyhow::Result<(Duration, Bare)> {
         let names = self.names();
         let begun = Instant::now();
-        let bare = self.make(names)?;
+        let mut bare = self.make(names)?;
         let file = match program {
             Trivial::Exit => self.exit.try_clone()?,
             Trivial::True => {
@@ -92,12 +92,12 @@ impl Floor {
         let program = Program { file: file.as_fd(), argv: &[c"true"], envp: &[], fds: &[] };
         let child = process::clone_and_exec(bare.request(), gate.as_fd(), &program).context("clone3")?;
         idmap::write_maps(child.pid).context("write the id map")?;
+        bare.net = Some(File::open(format!("/proc/{}/ns/net", child.pid)).context("open a network namespace")?);
         opener.write_all(b"x")?;
         let status = process::reap(&child)?;
         let took = begun.elapsed();
         ensure!(status == 0, "the trivial program ended with raw status {status:#x}");
-        bare.remove()?;
-        Ok(took)
+        Ok((took, bare))
     }
 
     /// What it takes to end and remove a bare sandbox with one waiting process.
@@ -124,15 +124,18 @@ impl Floor {
         let root = overlay::mount_stack(&stack, Some(layer.top()))?;
         fs::create_dir(&group).context("create a cgroup")?;
         let cgroup = File::open(&group).context("open a cgroup")?.into();
-        Ok(Bare { dir, group, root, cgroup })
+        Ok(Bare { dir, group, root, cgroup, net: None })
     }
 }
 
-struct Bare {
+/// A bare sandbox. Its network namespace lives until it is removed: taking one down is work that the kernel does
+/// later, and during which nobody can make one (`pernet_ops_rwsem`).
+pub(crate) struct Bare {
     dir: PathBuf,
     group: PathBuf,
     root: OwnedFd,
     cgroup: OwnedFd,
+    net: Option<File>,
 }
 
 impl Bare {
@@ -140,8 +143,8 @@ impl Bare {
         CloneRequest { namespaces: namespaces(), cgroup: Some(self.cgroup.as_fd()), set_tid: None }
     }
 
-    fn remove(self) -> anyhow::Result<()> {
-        drop((self.root, self.cgroup));
+    pub(crate) fn remove(self) -> anyhow::Result<()> {
+        drop((self.root, self.cgroup, self.net));
         remove_tree(&self.group)?;
         fs::remove_dir_all(&self.dir).with_context(|| format!("remove {}", self.dir.display()))
     }

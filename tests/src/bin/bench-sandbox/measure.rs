@@ -8,7 +8,7 @@ use anyhow::Context;
 use deltabox_tests::bench::{Row, machine, report};
 use serde_json::json;
 
-use crate::floor::{self, Floor, Trivial};
+use crate::floor::{self, Bare, Floor, Trivial};
 use crate::product::{self, Product};
 use crate::visit::{Visit, visit};
 use crate::{many, memory};
@@ -36,7 +36,9 @@ pub(crate) fn run(place: &Place, n_rounds: u32, file: Option<&Path>) -> anyhow::
     let mut rows = Vec::new();
     println!("bench sandbox: {n_rounds} rounds each on {machine}\n");
     eprintln!("create, first exec, rm ...");
+    lifecycle(&product, "one").and_then(|_| product.remove("one")).context("prepare the base")?;
     rows.extend(lifecycles(&product, &floor, n_rounds)?);
+    rows.extend(churn(&product, &floor, n_rounds)?);
     eprintln!("exec ...");
     rows.extend(execs(&product, n_rounds)?);
     eprintln!("command line ...");
@@ -72,6 +74,8 @@ pub(crate) fn run(place: &Place, n_rounds: u32, file: Option<&Path>) -> anyhow::
     std::fs::write(file, text + "\n").with_context(|| format!("write {}", file.display()))
 }
 
+/// Create, first exec and rm, in batches: nothing is removed while something is made, because making a network
+/// namespace waits for every one that is being taken down (for milliseconds; see [`churn`]).
 fn lifecycles(product: &Product, floor: &Floor, n_rounds: u32) -> anyhow::Result<Vec<Row>> {
     let mut create = Row::measured(
         "create",
@@ -103,29 +107,82 @@ fn lifecycles(product: &Product, floor: &Floor, n_rounds: u32) -> anyhow::Result
         "bare rm",
         "cgroup.kill of a bare sandbox with one waiting process, wait, rmdir of cgroup, rm of layer",
     );
-    for round in 0..n_rounds + N_WARM_UP {
-        let mut ours = || -> anyhow::Result<[Duration; 4]> {
-            let begun = Instant::now();
-            let report = product.create("one")?;
-            let created = begun.elapsed();
-            product.exec("one", Visit::True)?;
-            let used = begun.elapsed();
-            let begun = Instant::now();
-            product.remove("one")?;
-            Ok([created, product::engine_time(&report), used, begun.elapsed()])
-        };
-        let theirs = || Ok([floor.create(Trivial::Exit)?, floor.create(Trivial::True)?, floor.remove()?]);
-        let (ours, theirs): (_, anyhow::Result<[Duration; 3]>) = alternate(round, &mut ours, theirs);
-        let (ours, theirs) = (ours?, theirs?);
-        if round < N_WARM_UP {
-            continue;
+    let mut round = 0;
+    while round < n_rounds {
+        let n = BATCH.min(n_rounds - round);
+        let mut held = settle(floor)?;
+        for number in 0..n {
+            let ours = || lifecycle(product, &format!("one-{number}"));
+            let theirs = || anyhow::Ok([floor.create(Trivial::Exit)?, floor.create(Trivial::True)?]);
+            let (ours, theirs) = alternate(number, ours, theirs);
+            let [(exit_took, a), (true_took, b)] = theirs?;
+            held.extend([a, b]);
+            let rows = [&mut create, &mut engine, &mut first, &mut bare, &mut bare_exec];
+            for (row, took) in rows.into_iter().zip(ours?.into_iter().chain([exit_took, true_took])) {
+                row.samples.record(took);
+            }
         }
-        let rows = [&mut create, &mut engine, &mut first, &mut remove, &mut bare, &mut bare_exec, &mut bare_rm];
-        for (row, took) in rows.into_iter().zip(ours.into_iter().chain(theirs)) {
-            row.samples.record(took);
+        for number in 0..n {
+            let ours = || {
+                let begun = Instant::now();
+                product.remove(&format!("one-{number}")).map(|()| begun.elapsed())
+            };
+            let (ours, theirs) = alternate(number, ours, || floor.remove());
+            remove.samples.record(ours?);
+            bare_rm.samples.record(theirs?);
         }
+        held.into_iter().try_for_each(Bare::remove)?;
+        round += n;
     }
     Ok(vec![create, engine, bare, first, bare_exec, remove, bare_rm])
+}
+
+/// Chosen: many enough to have few batches, few enough to look like a machine with some sandboxes.
+const BATCH: u32 = 25;
+
+/// What create took, what of it the engine, and create with the first exec.
+fn lifecycle(product: &Product, name: &str) -> anyhow::Result<[Duration; 3]> {
+    let begun = Instant::now();
+    let report = product.create(name)?;
+    let created = begun.elapsed();
+    product.exec(name, Visit::True)?;
+    Ok([created, product::engine_time(&report), begun.elapsed()])
+}
+
+/// Create right after a removal.
+fn churn(product: &Product, floor: &Floor, n_rounds: u32) -> anyhow::Result<Vec<Row>> {
+    let window =
+        "as create, right after another sandbox was removed and while the kernel takes down its network namespace";
+    let mut create = Row::measured("create after rm", "bare create after rm", window);
+    let mut bare = Row::floor("bare create after rm", "as bare create, right after another bare sandbox was removed");
+    for round in 0..n_rounds {
+        let ours = || {
+            let [created, ..] = lifecycle(product, "one")?;
+            product.remove("one").map(|()| created)
+        };
+        let theirs = || {
+            let (took, bare) = floor.create(Trivial::Exit)?;
+            bare.remove().map(|()| took)
+        };
+        let (ours, theirs) = alternate(round, ours, theirs);
+        create.samples.record(ours?);
+        bare.samples.record(theirs?);
+    }
+    Ok(vec![create, bare])
+}
+
+/// Returns when the kernel seems to have taken down what earlier rounds left. There is no event for it: bare sandboxes
+/// are made, and kept, until four in a row are
+/// about as fast as the fastest. The caller keeps them until its clocks have stopped.
+pub(crate) fn settle(floor: &Floor) -> anyhow::Result<Vec<Bare>> {
+    let (mut held, mut fastest, mut n_calm) = (Vec::new(), Duration::MAX, 0);
+    while n_calm < 4 && held.len() < 64 {
+        let (took, bare) = floor.create(Trivial::Exit)?;
+        held.push(bare);
+        fastest = fastest.min(took);
+        n_calm = if took < fastest * 3 / 2 { n_calm + 1 } else { 0 };
+    }
+    Ok(held)
 }
 
 fn execs(product: &Product, n_rounds: u32) -> anyhow::Result<Vec<Row>> {
