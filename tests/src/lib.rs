@@ -11,6 +11,7 @@
     reason = "test support: a broken assumption ends the story"
 )]
 
+pub mod bench;
 pub mod leftovers;
 pub mod terminal;
 
