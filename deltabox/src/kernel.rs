@@ -1,6 +1,6 @@
 //! What the running kernel offers of what deltabox relies on, found by doing each thing once.
 //!
-//! [`PROBES`] is the whole list: what is tried, how much depends on it, what its absence costs and how to get it.
+//! `PROBES` is the whole list: what is tried, how much depends on it, what its absence costs and how to get it.
 //! Every probe undoes what it does, also when a step fails, waits for nothing longer than a deadline, and claims
 //! nothing it has not seen: a missing permission is told apart from a missing feature.
 //!
