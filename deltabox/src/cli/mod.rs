@@ -20,6 +20,7 @@ mod ps;
 mod rm;
 mod run;
 mod serve;
+mod stats;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -71,6 +72,7 @@ enum Command {
     Attach(attach::Args),
     Ls(ls::Args),
     Ps(ps::Args),
+    Stats(stats::Args),
     Inspect(inspect::Args),
     Logs(logs::Args),
     Kill(kill::Args),
@@ -151,6 +153,7 @@ pub fn main() -> ExitCode {
         Command::Attach(args) => attach::run(args, &context),
         Command::Ls(args) => ls::run(args, &context),
         Command::Ps(args) => ps::run(args, &context),
+        Command::Stats(args) => stats::run(args, &context),
         Command::Inspect(args) => inspect::run(args, &context),
         Command::Logs(args) => logs::run(args, &context),
         Command::Kill(args) => kill::run(args, &context),

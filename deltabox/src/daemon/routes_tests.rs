@@ -20,6 +20,8 @@ const ROUTES: &[(&str, &str)] = &[
     ("DELETE", "/v1/sandboxes/{id}"),
     ("POST", "/v1/sandboxes/{id}/kill"),
     ("GET", "/v1/sandboxes/{id}/processes"),
+    ("GET", "/v1/sandboxes/{id}/stats"),
+    ("GET", "/v1/stats"),
     ("GET", "/v1/sandboxes/{id}/execs"),
     ("POST", "/v1/sandboxes/{id}/execs"),
     ("POST", "/v1/sandboxes/{id}/execs/{pid}/attach"),

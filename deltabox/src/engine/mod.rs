@@ -33,6 +33,7 @@ use crate::deltafs::fixtures::Fixtures;
 use crate::deltafs::hostbase::HostBase;
 use crate::deltafs::imported::ImportedBases;
 use crate::kernel::cgroups::Hierarchies;
+use crate::latency::{self, Book, Operation, Span, Subject};
 use crate::sandbox::{SandboxId, idmap};
 use driver::{Mail, Message, Shown};
 use logs::Logs;
@@ -56,6 +57,7 @@ struct Inner {
     id_map: OwnedFd,
     fixtures: Fixtures,
     logs: Logs,
+    book: Arc<Book>,
     /// Host bases in use, by what was asked to be shown beyond the default.
     host_bases: Mutex<HashMap<Vec<PathBuf>, Arc<HostBase>>>,
     images: ImportedBases,
@@ -109,6 +111,7 @@ impl Engine {
             id_map,
             fixtures,
             logs,
+            book: Arc::default(),
             host_bases,
             images,
             sandboxes,
@@ -163,7 +166,7 @@ impl Engine {
         on_exit: Box<dyn FnOnce(Exit) + Send>,
         reply: Reply<Attachment>,
     ) {
-        self.post(id, Message::Exec { request: Box::new(request), on_exit, reply });
+        self.post(id, Message::Exec { request: Box::new(request), span: Span::begin(Operation::Exec), on_exit, reply });
     }
 
     /// Attaches to a command that is held (after a lost connection or a daemon restart).
@@ -201,6 +204,18 @@ impl Engine {
         }
     }
 
+    /// Latencies of a sandbox's operations, or of all that this engine has carried out. Never waits for a driver.
+    pub fn stats(&self, id: Option<&SandboxId>) -> Result<Vec<latency::Row>, Error> {
+        let subject = match id {
+            None => Subject::All,
+            Some(id) => {
+                self.shown(id)?;
+                Subject::Sandbox(id.to_string())
+            }
+        };
+        Ok(self.0.book.rows(&subject))
+    }
+
     /// Ends every process of a sandbox; its files stay until `remove`.
     pub fn kill(&self, id: &SandboxId, reply: Reply<()>) {
         self.post(id, Message::Kill { reply });
@@ -208,7 +223,7 @@ impl Engine {
 
     /// Ends and removes a sandbox with everything it left.
     pub fn remove(&self, id: &SandboxId, reply: Reply<()>) {
-        self.post(id, Message::Remove { reply });
+        self.post(id, Message::Remove { span: Span::begin(Operation::Remove), reply });
     }
 
     fn sandboxes(&self) -> MutexGuard<'_, BTreeMap<SandboxId, Handle>> {
