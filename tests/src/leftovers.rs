@@ -45,11 +45,18 @@ impl Leftovers {
     }
 }
 
-/// Namespace ids of all processes, by following `/proc/PID/ns`.
-pub fn namespaces() -> BTreeSet<PathBuf> {
+/// Every process of the machine, by PID.
+pub fn processes() -> BTreeSet<i32> {
+    let names = fs::read_dir("/proc").expect("list /proc").flatten().map(|entry| entry.file_name());
+    names.filter_map(|name| name.to_str()?.parse().ok()).collect()
+}
+
+/// Namespace ids of those of `pids` that still run. (The kernel gives an id that is free to the next namespace, so
+/// those of processes that came later say nothing.)
+pub fn namespaces(pids: &BTreeSet<i32>) -> BTreeSet<PathBuf> {
     let mut found = BTreeSet::new();
-    for entry in fs::read_dir("/proc").expect("list /proc").flatten() {
-        for link in fs::read_dir(entry.path().join("ns")).into_iter().flatten().flatten() {
+    for pid in pids {
+        for link in fs::read_dir(format!("/proc/{pid}/ns")).into_iter().flatten().flatten() {
             found.extend(fs::read_link(link.path()));
         }
     }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::Stdio;
 
-use deltabox_tests::leftovers::{Leftovers, namespaces};
+use deltabox_tests::leftovers::{Leftovers, namespaces, processes};
 use deltabox_tests::{Host, exists, skipped_without_root};
 use nix::sys::signal::Signal;
 
@@ -36,10 +36,12 @@ fn removing_everything_leaves_no_process_mount_cgroup_namespace_or_file() {
     let shared: std::collections::BTreeSet<_> =
         fs::read_dir("/proc/self/ns").unwrap().flatten().map(|e| fs::read_link(e.path()).unwrap()).collect();
     assert_eq!(own(&host), 3);
+    let pids = processes();
+    assert!(namespaces(&pids).is_superset(&made));
     host.cli(["rm", "a", "b", "c"]).ok();
     assert_eq!(own(&host), 0);
     assert_eq!(Leftovers::of(&host.store()), before);
-    let left: Vec<_> = namespaces().intersection(&made).filter(|ns| !shared.contains(*ns)).cloned().collect();
+    let left: Vec<_> = namespaces(&pids).intersection(&made).filter(|ns| !shared.contains(*ns)).cloned().collect();
     assert_eq!(left, Vec::<std::path::PathBuf>::new());
 }
 
