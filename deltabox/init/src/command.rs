@@ -101,7 +101,7 @@ fn become_program(start: &Start, inner: &Inner, argv: &[CString], envp: &[CStrin
         },
         &|| Ok(nix::unistd::chdir(start.cwd.as_str())?),
     ];
-    sys::reset_signals();
+    sys::default_sigpipe_and_mask();
     nix::sys::stat::umask(Mode::from_bits_truncate(0o022));
     for (number, step) in steps.iter().enumerate() {
         if let Err(error) = step() {

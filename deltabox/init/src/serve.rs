@@ -39,6 +39,7 @@ struct Init {
 
 /// Serves until the sandbox is killed.
 pub(crate) fn run(connection: UnixStream, listener: UnixListener) -> ExitCode {
+    sys::reset_signals();
     let mut init = Init { engine: None, commands: BTreeMap::new() };
     let mask = SigSet::from(Signal::SIGCHLD);
     let prepared =

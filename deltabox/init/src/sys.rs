@@ -122,14 +122,20 @@ pub(crate) fn loopback_up(socket: BorrowedFd<'_>) -> io::Result<()> {
     check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) }.into()).map(drop)
 }
 
-/// Sets every signal to its default action and unblocks all: what a new program expects.
+/// Sets every signal to its default action: whoever started the engine may have had some ignored (nohup).
 pub(crate) fn reset_signals() {
     for signal in 1..=libc::SIGRTMAX() {
         // SAFETY: SIG_DFL is valid for every signal; those that cannot be changed answer EINVAL, which is fine.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
-    let empty = nix::sys::signal::SigSet::empty();
-    let _ = empty.thread_set_mask();
+}
+
+/// What a new program expects after [`reset_signals`]: SIGPIPE, which Rust's start-up ignores, has its default action,
+/// and nothing is blocked. (exec itself resets what init handles.)
+pub(crate) fn default_sigpipe_and_mask() {
+    // SAFETY: SIG_DFL is valid for SIGPIPE.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    let _ = nix::sys::signal::SigSet::empty().thread_set_mask();
 }
 
 /// Executes `path`. Returns only on failure.
