@@ -9,5 +9,6 @@ pub mod deltafs;
 pub mod engine;
 pub mod fault;
 pub mod kernel;
+pub mod latency;
 pub mod sandbox;
 pub mod sys;

@@ -36,8 +36,6 @@ impl Leftovers {
                 }
             });
         }
-        // The store's own directory in a hierarchy stays with the store.
-        found.cgroups.retain(|path| !path.ends_with(&tag));
         let mountinfo = fs::read_to_string("/proc/self/mountinfo").expect("read mountinfo");
         let store_text = store.to_string_lossy().into_owned();
         found.mounts.extend(mountinfo.lines().filter(|line| line.contains(&store_text)).map(str::to_owned));

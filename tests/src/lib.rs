@@ -13,6 +13,7 @@
 
 pub mod bench;
 pub mod leftovers;
+pub mod terminal;
 
 use std::ffi::OsStr;
 use std::fs;

@@ -33,7 +33,8 @@ fn directory_user_group_and_environment_are_as_asked() {
     let seen = host.cli(["exec", "-w", "/usr/bin", "-u", "1000:50", "--env", "B=2", "a", "--", "sh", "-c", show]).ok();
     assert_eq!(seen, "/usr/bin\n1000\n50\n50\n1 2 /");
     assert_eq!(host.sh("a", show).ok(), "/\n0\n0\n0\n1 1 /root");
-    let user = host.cli(["exec", "-u", "1000", "a", "--", "sh", "-c", "grep CapEff /proc/self/status; cat /root/x"]);
+    let user =
+        host.cli(["exec", "-u", "1000", "a", "--", "sh", "-c", "grep CapEff /proc/self/status; cat /proc/1/environ"]);
     assert!(user.stdout.contains("0000000000000000"), "{user:?}");
 }
 

@@ -136,7 +136,6 @@ fn a_running_exec_goes_on_across_a_killed_daemon() {
     let script = "echo up; while ! test -e /tmp/go; do read -t 0.02 x < /dev/zero; done; echo through; exit 9";
     let mut client = host
         .command(["exec", "a", "--", "bash", "-c", script])
-        .env_remove("DELTABOX_NO_AUTOSTART")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
@@ -187,6 +186,50 @@ fn a_removal_cut_short_is_finished_by_the_next_daemon() {
     let host = host.restart_without_faults();
     assert_eq!(Leftovers::of(&host.store()), Leftovers::default());
     assert_eq!(host.cli(["ls", "--json"]).json()["sandboxes"].as_array().unwrap().len(), 0);
+}
+
+#[test]
+fn every_operation_reports_its_phases_and_its_tail() {
+    if skipped_without_root() {
+        return;
+    }
+    let host = Host::start();
+    for name in ["a", "b"] {
+        host.create(name);
+        host.sh(name, "true").ok();
+    }
+    host.cli(["rm", "b"]).ok();
+    let rows = |args: &[&str]| {
+        let stats = host.cli(args).json()["stats"].as_array().unwrap().clone();
+        let shape = |row: &serde_json::Value| {
+            let text = |field: &str| row[field].as_str().unwrap_or("").to_owned();
+            (text("operation"), text("phase"), row["n"].as_u64().unwrap())
+        };
+        (stats.iter().map(shape).collect::<Vec<_>>(), stats)
+    };
+    let (all, whole) = rows(&["stats", "--json"]);
+    let count = |rows: &[(String, String, u64)], operation: &str, phase: &str| {
+        rows.iter().find(|row| (row.0.as_str(), row.1.as_str()) == (operation, phase)).map(|row| row.2)
+    };
+    for (operation, phase, n) in
+        [("create", "", 2), ("create", "boot", 2), ("exec", "", 2), ("exec", "start", 2), ("rm", "", 1)]
+    {
+        assert_eq!(count(&all, operation, phase), Some(n), "{operation} {phase} in {all:?}");
+    }
+    // The phases are all of the operation: their means add up to its mean (1 % precision).
+    let mean = |filter: &dyn Fn(&serde_json::Value) -> bool| {
+        whole
+            .iter()
+            .filter(|row| row["operation"] == "create" && filter(row))
+            .map(|row| row["mean_us"].as_f64().unwrap())
+            .sum::<f64>()
+    };
+    let (sum, total) = (mean(&|row| !row["phase"].is_null()), mean(&|row| row["phase"].is_null()));
+    assert!((sum - total).abs() / total < 0.02, "phases {sum} us, operation {total} us");
+    let (own, _) = rows(&["stats", "--json", "a"]);
+    assert_eq!(count(&own, "exec", ""), Some(1));
+    assert_eq!(host.cli(["stats", "--json", "b"]).error()["code"], "no_sandbox");
+    assert!(host.cli(["stats"]).ok().contains("boot"));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! Exit codes are a contract: 0, 1 error, 2 usage, 3 refused, 125 engine unreachable; `exec`, `run` and
 //! `attach` exit with the command's own. With `--json` a command prints exactly one JSON object on standard
 //! output, or one `{"error": {...}}` on standard error.
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "printing reports is what this module is for")]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "printing reports is what this module is for")]
 
 mod attach;
 mod create;
@@ -20,6 +20,7 @@ mod ps;
 mod rm;
 mod run;
 mod serve;
+mod stats;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -49,13 +50,13 @@ use crate::daemon::types::{ErrorBody, ErrorDetail};
 )]
 struct Cli {
     /// Print one JSON object instead of text (errors on standard error, as JSON too).
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = "Everywhere")]
     json: bool,
     /// The daemon's socket [default: $DELTABOX_SOCKET or /run/deltabox/deltabox.sock].
-    #[arg(long, global = true, value_name = "PATH")]
+    #[arg(long, global = true, help_heading = "Everywhere", value_name = "PATH")]
     socket: Option<PathBuf>,
     /// The store directory [default: $DELTABOX_STORE or /var/lib/deltabox].
-    #[arg(long, global = true, value_name = "DIR")]
+    #[arg(long, global = true, help_heading = "Everywhere", value_name = "DIR")]
     store: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
@@ -71,6 +72,7 @@ enum Command {
     Attach(attach::Args),
     Ls(ls::Args),
     Ps(ps::Args),
+    Stats(stats::Args),
     Inspect(inspect::Args),
     Logs(logs::Args),
     Kill(kill::Args),
@@ -151,6 +153,7 @@ pub fn main() -> ExitCode {
         Command::Attach(args) => attach::run(args, &context),
         Command::Ls(args) => ls::run(args, &context),
         Command::Ps(args) => ps::run(args, &context),
+        Command::Stats(args) => stats::run(args, &context),
         Command::Inspect(args) => inspect::run(args, &context),
         Command::Logs(args) => logs::run(args, &context),
         Command::Kill(args) => kill::run(args, &context),
@@ -172,7 +175,9 @@ fn usage(error: &clap::Error, json: bool) -> ExitCode {
     let asked_for = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
     if json && !asked_for {
         let text = error.to_string();
-        let message = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+        // What clap says before its usage lines, on one line.
+        let words = text.lines().take_while(|line| !line.is_empty()).flat_map(str::split_whitespace);
+        let message = words.skip_while(|word| *word == "error:").collect::<Vec<_>>().join(" ");
         Failure::usage(message, "see `deltabox help`").report(true);
     } else {
         // A closed output is nothing to complain about.

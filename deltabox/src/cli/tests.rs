@@ -32,6 +32,8 @@ fn every_line_of_the_contract_parses() {
         "deltabox --json ls",
         "deltabox ps dev",
         "deltabox inspect dev",
+        "deltabox stats",
+        "deltabox stats dev --format json",
         "deltabox logs dev",
         "deltabox logs dev 12 -f",
         "deltabox kill dev",
@@ -79,7 +81,7 @@ fn what_is_not_in_the_contract_is_a_usage_error() {
         "deltabox gc",
         "deltabox export dev@c1 d",
         "deltabox import d",
-        "deltabox stats",
+        "deltabox stats --format hgrm",
         "deltabox trace dev",
     ];
     for line in lines {

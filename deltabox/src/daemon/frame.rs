@@ -189,7 +189,7 @@ impl FrameBuffer {
         Self { bytes: vec![0; HEADER_LEN + MAX_PAYLOAD + 4096].into_boxed_slice(), start: 0, end: 0 }
     }
 
-    /// Where the next bytes go; never empty after [`Self::next`] said `None`.
+    /// Where the next bytes go; never empty after [`Self::take_frame`] said `None`.
     pub fn room(&mut self) -> &mut [u8] {
         if self.start > 0 {
             self.bytes.copy_within(self.start..self.end, 0);
@@ -210,7 +210,7 @@ impl FrameBuffer {
     }
 
     /// The next whole frame as kind and payload, `None` when more bytes are needed.
-    pub fn next(&mut self) -> Result<Option<(u8, &[u8])>, FrameError> {
+    pub fn take_frame(&mut self) -> Result<Option<(u8, &[u8])>, FrameError> {
         let held = &self.bytes[self.start..self.end];
         let Some((&[kind, a, b, c, d], rest)) = held.split_first_chunk::<HEADER_LEN>() else {
             return Ok(None);
@@ -225,6 +225,13 @@ impl FrameBuffer {
         };
         self.start += HEADER_LEN + n;
         Ok(Some((kind, payload)))
+    }
+
+    /// What of an incomplete output frame has come, of use when no more comes: whether it is standard output
+    /// (not error), and its bytes so far.
+    pub(super) fn partial_output(&self) -> Option<(bool, &[u8])> {
+        let (&[kind, ..], part) = self.bytes[self.start..self.end].split_first_chunk::<HEADER_LEN>()?;
+        matches!(kind, STDOUT | STDERR).then_some((kind == STDOUT, part))
     }
 }
 
@@ -278,7 +285,7 @@ mod tests {
                 frame.encode(&mut bytes);
                 let mut buffer = FrameBuffer::new();
                 feed(&mut buffer, &bytes);
-                let (kind, payload) = buffer.next().unwrap().unwrap();
+                let (kind, payload) = buffer.take_frame().unwrap().unwrap();
                 assert_eq!(ClientFrame::parse(kind, payload), Ok(frame));
                 assert!(buffer.is_empty());
             }
@@ -287,7 +294,7 @@ mod tests {
                 frame.encode(&mut bytes);
                 let mut buffer = FrameBuffer::new();
                 feed(&mut buffer, &bytes);
-                let (kind, payload) = buffer.next().unwrap().unwrap();
+                let (kind, payload) = buffer.take_frame().unwrap().unwrap();
                 assert_eq!(ServerFrame::parse(kind, payload), Ok(frame));
             }
         }
@@ -301,10 +308,10 @@ mod tests {
             for n in 0..bytes.len() {
                 let mut buffer = FrameBuffer::new();
                 feed(&mut buffer, &bytes[..n]);
-                assert_eq!(buffer.next(), Ok(None), "{frame:?} cut to {n} bytes");
+                assert_eq!(buffer.take_frame(), Ok(None), "{frame:?} cut to {n} bytes");
                 assert_eq!(buffer.is_empty(), n == 0);
                 feed(&mut buffer, &bytes[n..]);
-                assert!(buffer.next().unwrap().is_some());
+                assert!(buffer.take_frame().unwrap().is_some());
             }
         }
     }
@@ -320,7 +327,7 @@ mod tests {
             let mut buffer = FrameBuffer::new();
             feed(&mut buffer, &bytes);
             let mut n_bytes = 0;
-            while let Ok(Some((kind, payload))) = buffer.next() {
+            while let Ok(Some((kind, payload))) = buffer.take_frame() {
                 let _ = ClientFrame::parse(kind, payload);
                 let _ = ServerFrame::parse(kind, payload);
                 n_bytes += HEADER_LEN + payload.len();
@@ -330,10 +337,25 @@ mod tests {
     }
 
     #[test]
+    fn the_part_of_an_output_frame_that_came_is_not_lost() {
+        let mut bytes = Vec::new();
+        ServerFrame::Stderr(b"some bytes").encode(&mut bytes);
+        let mut buffer = FrameBuffer::new();
+        feed(&mut buffer, &bytes[..4]);
+        assert_eq!(buffer.partial_output(), None);
+        feed(&mut buffer, &bytes[4..9]);
+        assert_eq!(buffer.take_frame(), Ok(None));
+        assert_eq!(buffer.partial_output(), Some((false, &b"some"[..])));
+        let mut buffer = FrameBuffer::new();
+        feed(&mut buffer, &[EXIT, 0, 0, 0, 9, b'{']);
+        assert_eq!(buffer.partial_output(), None);
+    }
+
+    #[test]
     fn a_length_beyond_the_limit_is_refused_before_its_payload_is_read() {
         let mut buffer = FrameBuffer::new();
         feed(&mut buffer, &[STDIN, 0, 1, 0, 1]);
-        assert_eq!(buffer.next(), Err(FrameError::TooLong { kind: STDIN, len: 65_537 }));
+        assert_eq!(buffer.take_frame(), Err(FrameError::TooLong { kind: STDIN, len: 65_537 }));
     }
 
     #[test]
@@ -353,7 +375,7 @@ mod tests {
             let mut again = Vec::new();
             for part in bytes.chunks(chunk) {
                 feed(&mut buffer, part);
-                while let Some((kind, payload)) = buffer.next().unwrap() {
+                while let Some((kind, payload)) = buffer.take_frame().unwrap() {
                     ClientFrame::parse(kind, payload).unwrap().encode(&mut again);
                 }
             }

@@ -9,10 +9,14 @@
 //! is constant (one read buffer, one frame, one window of input). The end of a session is the command's exit,
 //! not the end of its output: a background process may hold the pipes for ever.
 
+mod input;
+mod output;
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::OptionalFromRequestParts;
@@ -22,28 +26,25 @@ use axum::response::Response;
 use hyper::body::Bytes;
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
-use nix::errno::Errno;
+use tokio::io::AsyncWriteExt;
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Notify, oneshot};
 
 use crate::engine::{Attachment, Exit, StdinEnd, StdinHold, Streams};
 use crate::sandbox::SandboxId;
-use crate::sys;
+
+use input::{Input, feed, receive};
+use output::Output;
 
 use super::answer::Refusal;
-use super::frame::{
-    self, ClientFrame, FrameBuffer, FrameError, HEADER_LEN, MAX_PAYLOAD, PROTOCOL, STDIN_WINDOW, ServerFrame,
-};
+use super::frame::{PROTOCOL, ServerFrame};
 use super::server::{Daemon, SessionToken};
-use super::types::Started;
 use super::watch::watch;
 
-/// Most bytes taken from one stream after the command's exit. From the kernel (/proc/sys/fs/pipe-max-size):
-/// no pipe holds more; a background process that goes on writing must not hold the exit up.
-const MAX_DRAIN: usize = 1024 * 1024;
+/// How long a client may take for the frame under way when the daemon ends. Chosen: half of what the daemon gives.
+const ENDING_PATIENCE: Duration = Duration::from_millis(500);
 
 type OnExit = Box<dyn FnOnce(Exit) + Send>;
 
@@ -167,6 +168,8 @@ async fn fail(source: io::Error, mut writer: OwnedWriteHalf) -> End {
     End::Gone
 }
 
+type Source = Option<Arc<AsyncFd<OwnedFd>>>;
+
 /// Where input goes. Dropped: end of file for a command that reads a pipe (the hold goes after the descriptor).
 struct Sink {
     fd: Arc<AsyncFd<OwnedFd>>,
@@ -176,9 +179,9 @@ struct Sink {
 /// A command's streams, watched. A terminal is one descriptor, read and written at the same time.
 struct Ends {
     stdin: Option<Sink>,
-    stdout: Option<Arc<AsyncFd<OwnedFd>>>,
-    stderr: Option<Arc<AsyncFd<OwnedFd>>>,
-    terminal: Option<Arc<AsyncFd<OwnedFd>>>,
+    stdout: Source,
+    stderr: Source,
+    terminal: Source,
 }
 
 impl Ends {
@@ -219,13 +222,20 @@ async fn relay(
 ) -> End {
     let shared = Shared::default();
     let terminal = ends.terminal.is_some();
-    let output = Output { writer, shared: &shared, buffer: vec![0; HEADER_LEN + MAX_PAYLOAD] };
+    let output = Output::new(writer, &shared);
     tokio::select! {
-        end = output.run(input.pid, ends.stdout, ends.stderr, exited) => end,
+        end = output.run(input.pid, ends.stdout, ends.stderr, exited, daemon) => end,
         end = receive(&input, reader, &head, &shared) => end,
         () = feed(ends.stdin, terminal, &shared) => End::Gone,
-        () = daemon.ending() => End::Ending,
+        () = out_of_patience(daemon) => End::Ending,
     }
+}
+
+/// `Output` notices the daemon's end by itself, between two frames, so that nothing is lost; one that waits for
+/// a client that does not read is not waited for.
+async fn out_of_patience(daemon: &Daemon) {
+    daemon.ending().await;
+    tokio::time::sleep(ENDING_PATIENCE).await;
 }
 
 /// What the three loops tell each other. Locked for a few instructions, never across an await.
@@ -253,265 +263,5 @@ impl Shared {
     }
 }
 
-/// What the client's frames act upon.
-struct Input {
-    daemon: Daemon,
-    id: SandboxId,
-    pid: u32,
-    terminal: Option<Arc<AsyncFd<OwnedFd>>>,
-}
-
-/// Takes the client's frames as they come. Ends when the client goes, or says that it goes.
-async fn receive(input: &Input, mut reader: OwnedReadHalf, head: &[u8], shared: &Shared) -> End {
-    let mut frames = FrameBuffer::new();
-    // hyper read no more than it needed plus one buffer; it is taken in parts that surely have room.
-    let mut head = head.chunks(MAX_PAYLOAD / 2);
-    loop {
-        let violation = loop {
-            match frames.next() {
-                Ok(None) => break None,
-                Ok(Some((kind, payload))) => match ClientFrame::parse(kind, payload) {
-                    Ok(ClientFrame::Detach) => return End::Detached,
-                    Ok(frame) => match input.take(frame, shared) {
-                        Ok(()) => {}
-                        Err(text) => break Some(text),
-                    },
-                    Err(error) => break Some(FrameError::to_string(&error)),
-                },
-                Err(error) => break Some(error.to_string()),
-            }
-        };
-        if let Some(text) = violation {
-            shared.lock().violation = Some(text);
-            shared.notes.notify_one();
-            // `Output` tells the client and ends the session, if the client still listens.
-            while reader.read(frames.room()).await.is_ok_and(|n| n > 0) {}
-            return End::Gone;
-        }
-        if let Some(part) = head.next() {
-            frames.room()[..part.len()].copy_from_slice(part);
-            frames.filled(part.len());
-            continue;
-        }
-        match reader.read(frames.room()).await {
-            Ok(n) if n > 0 => frames.filled(n),
-            _ => return End::Gone,
-        }
-    }
-}
-
-impl Input {
-    fn take(&self, frame: ClientFrame<'_>, shared: &Shared) -> Result<(), String> {
-        match frame {
-            ClientFrame::Stdin(bytes) => {
-                let mut state = shared.lock();
-                if state.n_queued + bytes.len() > usize::try_from(STDIN_WINDOW).unwrap_or(usize::MAX) {
-                    return Err("more standard input than there was credit for".to_owned());
-                }
-                if !bytes.is_empty() && !state.input_ended {
-                    state.n_queued += bytes.len();
-                    state.queue.push_back(bytes.to_vec());
-                    shared.input.notify_one();
-                }
-            }
-            ClientFrame::StdinEnd => {
-                shared.lock().input_ended = true;
-                shared.input.notify_one();
-            }
-            ClientFrame::Resize(size) => {
-                if let Some(terminal) = &self.terminal
-                    && let Err(error) = sys::tty::set_window_size(terminal.get_ref(), size.rows, size.cols)
-                {
-                    tracing::debug!(%error, "TIOCSWINSZ");
-                }
-            }
-            ClientFrame::Signal(number) => self.signal(number),
-            // Ended the session before it came here.
-            ClientFrame::Detach => {}
-        }
-        Ok(())
-    }
-
-    /// A command that is just ending cannot be signalled: its exit is the answer to that.
-    fn signal(&self, number: u8) {
-        let Ok(engine) = self.daemon.engine() else { return };
-        let pid = self.pid;
-        let reply = Box::new(move |answer| {
-            if let Err(error) = answer {
-                tracing::debug!(pid, number, error = %error, "signal");
-            }
-        });
-        engine.signal(&self.id, pid, number.into(), reply);
-    }
-}
-
-/// Writes queued input as fast as the command takes it and gives credit for it. Never returns: without
-/// input it waits for more, and a command that closed its input has the rest thrown away.
-async fn feed(mut stdin: Option<Sink>, terminal: bool, shared: &Shared) {
-    loop {
-        let (part, ended) = {
-            let mut state = shared.lock();
-            (state.queue.pop_front(), state.input_ended)
-        };
-        let Some(part) = part else {
-            if ended && let Some(stdin) = stdin.take() {
-                end_input(&stdin.fd, terminal).await;
-            }
-            shared.input.notified().await;
-            continue;
-        };
-        if let Some(sink) = &stdin
-            && let Err(error) = write_all(&sink.fd, &part).await
-        {
-            tracing::debug!(%error, "the command takes no more input");
-            stdin = None;
-        }
-        let mut state = shared.lock();
-        state.n_queued -= part.len();
-        state.credit += u32::try_from(part.len()).unwrap_or(u32::MAX);
-        drop(state);
-        shared.notes.notify_one();
-    }
-}
-
-/// A pipe ends when its last writer is dropped, which the caller does; a terminal in line mode is told by
-/// its end-of-file character, as script(1) does, and one in raw mode knows no end.
-async fn end_input(stdin: &AsyncFd<OwnedFd>, terminal: bool) {
-    use nix::sys::termios::{LocalFlags, SpecialCharacterIndices, tcgetattr};
-    if terminal
-        && let Ok(modes) = tcgetattr(stdin.get_ref())
-        && modes.local_flags.contains(LocalFlags::ICANON)
-    {
-        let eof = modes.control_chars[SpecialCharacterIndices::VEOF as usize];
-        if let Err(error) = write_all(stdin, &[eof]).await {
-            tracing::debug!(%error, "write end of file to the terminal");
-        }
-    }
-}
-
-async fn write_all(fd: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        let mut guard = fd.writable().await?;
-        if let Ok(result) = guard.try_io(|fd| Ok(nix::unistd::write(fd.get_ref(), bytes)?)) {
-            bytes = &bytes[result?..];
-        }
-    }
-    Ok(())
-}
-
-/// Everything that is said to the client.
-struct Output<'a> {
-    writer: OwnedWriteHalf,
-    shared: &'a Shared,
-    /// Header and payload of one output frame.
-    buffer: Vec<u8>,
-}
-
-type Source = Option<Arc<AsyncFd<OwnedFd>>>;
-
-impl Output<'_> {
-    async fn run(mut self, pid: u32, stdout: Source, stderr: Source, exited: oneshot::Receiver<Exit>) -> End {
-        match self.run_until_exit(pid, stdout, stderr, exited).await {
-            Ok(end) => end,
-            // Nobody listens any more.
-            Err(_) => End::Gone,
-        }
-    }
-
-    async fn run_until_exit(
-        &mut self,
-        pid: u32,
-        stdout: Source,
-        stderr: Source,
-        mut exited: oneshot::Receiver<Exit>,
-    ) -> io::Result<End> {
-        self.say(&ServerFrame::Started(Started { pid })).await?;
-        let (mut out_open, mut err_open) = (stdout.is_some(), stderr.is_some());
-        let exit = loop {
-            tokio::select! {
-                biased;
-                exit = &mut exited => break exit,
-                () = self.shared.notes.notified() => {
-                    if let Some(end) = self.say_notes().await? {
-                        return Ok(end);
-                    }
-                }
-                ready = readable(&stdout), if out_open => out_open = self.pass(frame::STDOUT, ready).await?,
-                ready = readable(&stderr), if err_open => err_open = self.pass(frame::STDERR, ready).await?,
-            }
-        };
-        // The engine dropped the sender: it is ending, and the next daemon has the exit.
-        let Ok(exit) = exit else { return Ok(End::Ending) };
-        self.drain(frame::STDOUT, &stdout).await?;
-        self.drain(frame::STDERR, &stderr).await?;
-        self.say(&ServerFrame::Exit(exit)).await?;
-        self.writer.shutdown().await?;
-        Ok(End::Exited)
-    }
-
-    /// Passes on one read. Says whether there may be more.
-    async fn pass(&mut self, kind: u8, ready: io::Result<Ready<'_>>) -> io::Result<bool> {
-        let mut ready = ready?;
-        let room = &mut self.buffer[HEADER_LEN..];
-        match ready.try_io(|fd| Ok(nix::unistd::read(fd.get_ref(), room)?)) {
-            Err(_would_block) => Ok(true),
-            Ok(Ok(n)) if n > 0 => self.send(kind, n).await.map(|()| true),
-            // End of file; EIO is how a terminal says that no process has it open.
-            Ok(_) => Ok(false),
-        }
-    }
-
-    /// Passes on what is still in the pipe or terminal. (A terminal's read flushes what the kernel still holds
-    /// between its two sides before it says EAGAIN: n_tty_read, since Linux 4.6.)
-    async fn drain(&mut self, kind: u8, source: &Source) -> io::Result<()> {
-        let Some(fd) = source else { return Ok(()) };
-        let mut n_drained = 0;
-        while n_drained < MAX_DRAIN {
-            match nix::unistd::read(fd.get_ref(), &mut self.buffer[HEADER_LEN..]) {
-                Ok(n) if n > 0 => {
-                    n_drained += n;
-                    self.send(kind, n).await?;
-                }
-                Err(Errno::EINTR) => {}
-                _ => break,
-            }
-        }
-        Ok(())
-    }
-
-    async fn send(&mut self, kind: u8, n: usize) -> io::Result<()> {
-        self.buffer[..HEADER_LEN].copy_from_slice(&frame::header(kind, n));
-        self.writer.write_all(&self.buffer[..HEADER_LEN + n]).await
-    }
-
-    async fn say(&mut self, frame: &ServerFrame<'_>) -> io::Result<()> {
-        let mut bytes = Vec::new();
-        frame.encode(&mut bytes);
-        self.writer.write_all(&bytes).await
-    }
-
-    async fn say_notes(&mut self) -> io::Result<Option<End>> {
-        let (credit, violation) = {
-            let mut state = self.shared.lock();
-            (std::mem::take(&mut state.credit), state.violation.take())
-        };
-        if let Some(text) = violation {
-            let refusal = Refusal::new(StatusCode::BAD_REQUEST, "bad_frame", text, "see docs/api.md");
-            self.say(&ServerFrame::Error(refusal.into_body())).await?;
-            return Ok(Some(End::Gone));
-        }
-        if credit > 0 {
-            self.say(&ServerFrame::StdinCredit(credit)).await?;
-        }
-        Ok(None)
-    }
-}
-
-type Ready<'a> = tokio::io::unix::AsyncFdReadyGuard<'a, OwnedFd>;
-
-async fn readable(source: &Source) -> io::Result<Ready<'_>> {
-    match source {
-        Some(fd) => fd.readable().await,
-        None => std::future::pending().await,
-    }
-}
+#[cfg(test)]
+mod tests;

@@ -18,7 +18,8 @@ use super::follow;
 use super::relay::{self, Upgrade};
 use super::server::Daemon;
 use super::types::{
-    ErrorBody, ExecList, ImageList, ImageRequest, LogList, PingReport, ProcessList, SandboxList, SignalRequest, Started,
+    ErrorBody, ExecList, ImageList, ImageRequest, LogList, PingReport, ProcessList, SandboxList, SignalRequest,
+    Started, StatList,
 };
 use super::{API, STORE_HEADER};
 
@@ -60,6 +61,8 @@ fn parts() -> (Router<Daemon>, utoipa::openapi::OpenApi) {
         .routes(routes!(inspect, remove))
         .routes(routes!(kill))
         .routes(routes!(processes))
+        .routes(routes!(stats))
+        .routes(routes!(sandbox_stats))
         .routes(routes!(execs, exec))
         .routes(routes!(attach))
         .routes(routes!(signal))
@@ -135,6 +138,20 @@ async fn kill(State(daemon): State<Daemon>, Path(id): Path<String>) -> Result<St
 async fn processes(State(daemon): State<Daemon>, Path(id): Path<String>) -> Answer<ProcessList> {
     let (engine, id) = (daemon.engine()?, sandbox_id(&id)?);
     Ok(Json(ProcessList { processes: block(move || engine.processes(&id)).await? }))
+}
+
+/// Latencies of all operations that this daemon has carried out, by phase.
+#[utoipa::path(get, path = "/v1/stats", responses((status = 200, body = StatList), (status = "default", body = ErrorBody)))]
+async fn stats(State(daemon): State<Daemon>) -> Answer<StatList> {
+    Ok(Json(StatList { stats: daemon.engine()?.stats(None)? }))
+}
+
+/// Latencies of one sandbox's operations, by phase.
+#[utoipa::path(get, path = "/v1/sandboxes/{id}/stats",
+    responses((status = 200, body = StatList), (status = "default", body = ErrorBody)))]
+async fn sandbox_stats(State(daemon): State<Daemon>, Path(id): Path<String>) -> Answer<StatList> {
+    let (engine, id) = (daemon.engine()?, sandbox_id(&id)?);
+    Ok(Json(StatList { stats: engine.stats(Some(&id))? }))
 }
 
 /// The commands that a sandbox holds: running ones, and ended ones whose exit nobody has fetched.

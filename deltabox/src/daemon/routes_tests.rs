@@ -7,8 +7,8 @@ use axum::body::Body as HttpBody;
 use http_body_util::BodyExt;
 use hyper_util::service::TowerToHyperService;
 
-use super::super::server::daemon_without_engine;
 use super::*;
+use crate::daemon::server::daemon_without_engine;
 
 /// Every route of the interface: adding one is a decision, so it is written down twice.
 const ROUTES: &[(&str, &str)] = &[
@@ -20,6 +20,8 @@ const ROUTES: &[(&str, &str)] = &[
     ("DELETE", "/v1/sandboxes/{id}"),
     ("POST", "/v1/sandboxes/{id}/kill"),
     ("GET", "/v1/sandboxes/{id}/processes"),
+    ("GET", "/v1/sandboxes/{id}/stats"),
+    ("GET", "/v1/stats"),
     ("GET", "/v1/sandboxes/{id}/execs"),
     ("POST", "/v1/sandboxes/{id}/execs"),
     ("POST", "/v1/sandboxes/{id}/execs/{pid}/attach"),

@@ -145,7 +145,10 @@ fn daemon(engine: Option<Arc<Engine>>, store: PathBuf) -> (Daemon, Ender) {
 /// One that refuses whatever needs an engine, as at its end.
 #[cfg(test)]
 pub(super) fn daemon_without_engine(store: PathBuf) -> Daemon {
-    daemon(None, store).0
+    let (daemon, ender) = daemon(None, store);
+    // It never ends, which it would as soon as its ender is dropped.
+    std::mem::forget(ender);
+    daemon
 }
 
 /// Serves until SIGTERM or SIGINT. `on_ready` is called once connections are accepted.
@@ -153,7 +156,8 @@ pub(super) fn daemon_without_engine(store: PathBuf) -> Daemon {
 /// # Errors
 /// [`ServeError`]; nothing is left behind but the lock file.
 pub fn serve(request: &ServeRequest, on_ready: impl FnOnce()) -> Result<(), ServeError> {
-    // A client may have started us while it held signals back; the mask is inherited.
+    // What we inherit from whichever client started us must make no difference.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     let unmask = nix::sys::signal::SigSet::empty().thread_set_mask();
     unmask.map_err(|errno| ServeError::Io { op: "unblock signals", source: errno.into() })?;
     let patience = if request.ready_fd.is_some() { LOCK_PATIENCE } else { Duration::ZERO };

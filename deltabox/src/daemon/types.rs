@@ -60,6 +60,13 @@ pub struct ExecList {
     pub execs: Vec<ExecReport>,
 }
 
+/// Latencies of operations, measured by the engine since it started.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct StatList {
+    /// By operation: the whole first, then its phases in their order.
+    pub stats: Vec<crate::latency::Row>,
+}
+
 /// The logs of one sandbox.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct LogList {

@@ -12,6 +12,7 @@
 //! filled from a copy in the store that is named by its content: a restarted engine mounts the same frame again.
 
 use std::collections::BTreeSet;
+use std::ffi::{CStr, OsStr};
 use std::fs::{self, Metadata};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -27,7 +28,10 @@ use super::fixtures::{make_dir, mount_tmpfs, path_of};
 use super::layer::open_dir;
 use super::overlay::{self, MountError};
 use crate::sandbox::idmap::{HOST_ID_BASE, N_IDS};
-use crate::sys::mount::{self, Clone, attr};
+use crate::sys::{
+    self,
+    mount::{self, Clone, attr},
+};
 
 /// Entries of the host's root that every host base shows, where the machine has them.
 const SHOWN: [&str; 8] = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/opt"];
@@ -141,8 +145,16 @@ impl HostBase {
     }
 }
 
+/// A directory of the host as a base: as it is, idmapped.
+pub fn directory(path: &Path, id_map: &OwnedFd) -> Result<OwnedFd, HostBaseError> {
+    if !path.is_absolute() || !path.is_dir() {
+        return Err(HostBaseError::BadPath { path: path.to_owned(), why: "not a directory (give an absolute path)" });
+    }
+    idmapped(path, id_map)
+}
+
 /// A read-only clone of the one mount at `path`, mapped to the sandbox's ids.
-pub(super) fn idmapped(path: &Path, id_map: &OwnedFd) -> Result<OwnedFd, HostBaseError> {
+fn idmapped(path: &Path, id_map: &OwnedFd) -> Result<OwnedFd, HostBaseError> {
     let dir = open_dir(path).map_err(io_error("open", path))?;
     let copy = mount::open_tree_clone(dir.as_fd(), c"", Clone::One).map_err(io_error("clone the mount of", path))?;
     mount::mount_setattr(copy.as_fd(), attr::RDONLY | attr::NODEV, 0, Some(id_map.as_fd()), Clone::One)
@@ -247,6 +259,9 @@ fn unescape(text: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
+/// Overlayfs's attribute of a directory that is to be merged with another path of the layers below.
+const REDIRECT: &CStr = c"trusted.overlay.redirect";
+
 const BINDS_FILE: &str = "binds";
 
 fn make_frame(frame: &Path, shown: &Shown) -> io::Result<()> {
@@ -302,7 +317,20 @@ fn take_owner_and_mode(at: &Path, host: &Metadata) -> io::Result<()> {
 }
 
 fn set_redirect(dir: &Path, target: &Path) -> io::Result<()> {
-    crate::sys::fs::set_xattr(dir, c"trusted.overlay.redirect", target.as_os_str().as_bytes())
+    sys::fs::set_xattr(open_dir(dir)?.as_fd(), REDIRECT, target.as_os_str().as_bytes())
+}
+
+/// Where a directory leads, if it has a redirect.
+fn redirect(dir: &Path) -> io::Result<Option<Vec<u8>>> {
+    let mut value = vec![0_u8; sys::fs::XATTR_MAX_BYTES];
+    match sys::fs::get_xattr(open_dir(dir)?.as_fd(), REDIRECT, &mut value) {
+        Ok(n) => {
+            value.truncate(n);
+            Ok(Some(value))
+        }
+        Err(error) if error.raw_os_error() == Some(libc::ENODATA) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// What everybody on the host may read: that leaves shadow, private keys and the like behind.
@@ -369,7 +397,7 @@ fn digest_into(root: &Path, dir: &Path, hash: &mut Sha256) -> io::Result<()> {
         } else if meta.is_file() {
             fs::read(&path)?
         } else {
-            crate::sys::fs::get_xattr(&path, c"trusted.overlay.redirect")?.unwrap_or_default()
+            redirect(&path)?.unwrap_or_default()
         };
         for part in [name, &content] {
             hash.update(part.len().to_le_bytes());
@@ -397,8 +425,8 @@ fn copy_tree(from: &Path, to: &Path) -> io::Result<()> {
         for path in sorted(from)? {
             copy_tree(&path, &to.join(path.file_name().unwrap_or_default()))?;
         }
-        if let Some(redirect) = crate::sys::fs::get_xattr(from, c"trusted.overlay.redirect")? {
-            crate::sys::fs::set_xattr(to, c"trusted.overlay.redirect", &redirect)?;
+        if let Some(target) = redirect(from)? {
+            set_redirect(to, Path::new(OsStr::from_bytes(&target)))?;
         }
     } else {
         fs::copy(from, to)?;

@@ -3,8 +3,8 @@
 //! Owns what lies in layers, how they are stacked and mounted, and what a base is made of. Does not know
 //! processes: a mount made here is handed to the sandbox as a descriptor.
 
-pub mod base;
 pub mod fixtures;
 pub mod hostbase;
+pub mod imported;
 pub mod layer;
 pub mod overlay;

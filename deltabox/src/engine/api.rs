@@ -254,6 +254,13 @@ pub struct StdinEnd {
     pub hold: StdinHold,
 }
 
+impl From<OwnedFd> for StdinEnd {
+    /// An input that no engine keeps open.
+    fn from(fd: OwnedFd) -> Self {
+        Self { fd, hold: StdinHold(None) }
+    }
+}
+
 /// Keeps a command's standard input open. The copies that outlive a restart of the engine are closed when it is
 /// dropped, and with them the last writer.
 pub struct StdinHold(pub(super) Option<Box<dyn FnOnce() + Send + Sync>>);

@@ -3,7 +3,6 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
 
 use super::api::{CreateRequest, Reply, SandboxReport, SandboxState};
 use super::driver::{Driver, DriverParts, Life, Mail, Shown};
@@ -11,7 +10,8 @@ use super::manifest::{InitIdentity, Manifest};
 use super::store::{SandboxDir, random_hex};
 use super::{Engine, Error, Handle, error, lock, unix_ms};
 use crate::deltafs::layer::LiveLayer;
-use crate::deltafs::{base, overlay};
+use crate::deltafs::{hostbase, overlay};
+use crate::latency::{Operation, Phase, Span};
 use crate::sandbox::cgroup::Cgroups;
 use crate::sandbox::spawn::{self, Parts, SpawnError};
 use crate::sandbox::{BaseRef, SandboxId, SandboxSpec};
@@ -24,8 +24,8 @@ const FIRST_LAYER: &str = "1";
 
 /// Reserves the name and starts the driver thread, which does the rest and replies.
 pub(super) fn create(engine: &Engine, request: CreateRequest, reply: Reply<SandboxReport>) {
-    let begun = Instant::now();
-    let reserved = check(&request.spec).and_then(|()| reserve(engine, request.name.clone()));
+    let span = Span::begin(Operation::Create);
+    let reserved = check(&request.spec).and_then(|()| reserve(engine, &request));
     let (id, mail) = match reserved {
         Ok(reserved) => reserved,
         Err(error) => return reply(Err(error)),
@@ -35,7 +35,7 @@ pub(super) fn create(engine: &Engine, request: CreateRequest, reply: Reply<Sandb
     let answer = Arc::clone(&reply);
     let drive = move || {
         let (engine, id) = theirs;
-        let made = make(&engine, &id, request.spec, begun);
+        let made = make(&engine, &id, request.spec, span);
         let Some(reply) = lock(&answer).take() else { return };
         match made {
             Ok((manifest, life)) => {
@@ -72,11 +72,12 @@ fn check(spec: &SandboxSpec) -> Result<(), Error> {
     Ok(())
 }
 
-fn reserve(engine: &Engine, name: Option<SandboxId>) -> Result<(SandboxId, Arc<Mail>), Error> {
+fn reserve(engine: &Engine, request: &CreateRequest) -> Result<(SandboxId, Arc<Mail>), Error> {
     let io = |op| move |source| Error::Io { op, path: PathBuf::from("sandbox"), source };
     let mail = Arc::new(Mail::new().map_err(|errno| io("make the inbox of a")(errno.into()))?);
     let mut sandboxes = engine.sandboxes();
-    let id = match name {
+    let image = engine.take_image(&request.spec.base, &sandboxes)?;
+    let id = match request.name.clone() {
         Some(id) if sandboxes.contains_key(&id) => {
             return Err(Error::Exists { what: "sandbox", name: id.to_string() });
         }
@@ -89,7 +90,7 @@ fn reserve(engine: &Engine, name: Option<SandboxId>) -> Result<(SandboxId, Arc<M
             }
         },
     };
-    sandboxes.insert(id.clone(), Handle { mail: Arc::clone(&mail), shown: None });
+    sandboxes.insert(id.clone(), Handle { mail: Arc::clone(&mail), image, shown: None });
     Ok((id, mail))
 }
 
@@ -111,15 +112,21 @@ pub(super) fn register(engine: &Engine, manifest: Manifest, life: Option<Life>, 
         create_us: manifest.create_us,
     };
     let shown = Arc::new(Mutex::new(Shown { report, execs: Vec::new() }));
-    let handle = Handle { mail: Arc::clone(&mail), shown: Some(Arc::clone(&shown)) };
+    let image = match &manifest.spec.base {
+        BaseRef::Image { name } => Some(name.clone()),
+        BaseRef::Host { .. } | BaseRef::Dir { .. } => None,
+    };
+    let handle = Handle { mail: Arc::clone(&mail), image, shown: Some(Arc::clone(&shown)) };
     engine.sandboxes().insert(manifest.id.clone(), handle);
     let (logs, retired) = (engine.0.logs.clone(), Arc::clone(&engine.0.retired));
-    Driver::new(DriverParts { manifest, dir, mail, shown, logs, retired }, life)
+    let book = Arc::clone(&engine.0.book);
+    Driver::new(DriverParts { manifest, dir, mail, shown, logs, retired, book }, life)
 }
 
 /// Runs a driver; its sandbox's name is free before the removal is answered.
 pub(super) fn drive_to_the_end(engine: &Engine, id: &SandboxId, driver: Driver) {
     let reply = driver.run();
+    engine.0.book.forget(id.as_str());
     engine.sandboxes().remove(id);
     reply(Ok(()));
 }
@@ -147,37 +154,44 @@ impl Drop for Scraps {
     }
 }
 
-fn make(engine: &Engine, id: &SandboxId, spec: SandboxSpec, begun: Instant) -> Result<(Manifest, Life), Error> {
+fn make(engine: &Engine, id: &SandboxId, spec: SandboxSpec, mut span: Span) -> Result<(Manifest, Life), Error> {
+    span.end_of(Phase::Queue);
     let inner = &engine.0;
     let dir = inner.store.sandbox(id);
     let failed = |source: Box<dyn std::error::Error + Send + Sync>| Error::Create { id: id.clone(), source };
     let io = |op, path: PathBuf| move |source| Error::Io { op, path, source };
 
     let base = lowers(engine, &spec.base)?;
+    span.end_of(Phase::Base);
     dir.create().map_err(io("create", dir.path().to_owned()))?;
     let mut scraps = Scraps { dir: dir.clone(), cgroups: None, keep: false };
     let layer = LiveLayer::create(&dir.layers().join(FIRST_LAYER)).map_err(io("create a layer in", dir.layers()))?;
+    span.end_of(Phase::Layer);
     let mut stack = vec![inner.fixtures.skeleton().as_fd()];
     stack.extend(base.lowers.iter().map(AsFd::as_fd));
     crate::fault::point("create.mount").map_err(io("mount", dir.layers()))?;
     let root = overlay::mount_stack(&stack, Some(layer.top())).map_err(|error| failed(error.into()))?;
+    span.end_of(Phase::Mount);
     crate::fault::point("create.cgroup").map_err(io("create the cgroups of", dir.path().to_owned()))?;
     let cgroups = Cgroups::create(&inner.hosts, inner.store.tag(), id, &spec.limits)?;
     scraps.cgroups = Some(cgroups.clone());
+    span.end_of(Phase::Cgroup);
     let dev = inner.fixtures.dev().map_err(io("clone the mount of", PathBuf::from("/dev")))?;
     let listener = dir.listener();
     let parts = Parts { id, net: spec.net, root, dev, binds: base.binds, cgroups: &cgroups, listener: &listener };
-    let spawned = spawn::spawn(parts).map_err(|error| match error {
+    let spawned = spawn::spawn(parts, &mut span).map_err(|error| match error {
         SpawnError::Cgroup(error) => Error::from(error),
         other => failed(other.into()),
     })?;
 
     let init = InitIdentity::of(spawned.init.pid).map_err(io("identify init in", PathBuf::from("/proc")))?;
-    let create_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+    let create_us = u64::try_from(span.total().as_micros()).unwrap_or(u64::MAX);
     let manifest =
         Manifest::new(id.clone(), spec, unix_ms(), create_us, cgroups, FIRST_LAYER.to_owned(), base.frame, init);
     manifest.save(dir.path()).map_err(io("write the manifest in", dir.path().to_owned()))?;
     scraps.keep = true;
+    span.end_of(Phase::Manifest);
+    inner.book.record(id.as_str(), &span);
     Ok((manifest, Life { init: spawned.init, link: spawned.link }))
 }
 
@@ -207,9 +221,12 @@ fn lowers(engine: &Engine, base: &BaseRef) -> Result<Lowers, Error> {
             Ok(Lowers { lowers: vec![tree], binds, frame: Some(host.digest.clone()) })
         }
         BaseRef::Dir { path } => {
-            let base = base::directory(path, &engine.0.id_map).map_err(refused)?;
-            Ok(Lowers { lowers: base.lowers, binds: base.binds, frame: None })
+            let tree = hostbase::directory(path, &engine.0.id_map).map_err(refused)?;
+            Ok(Lowers { lowers: vec![tree], binds: Vec::new(), frame: None })
         }
-        BaseRef::Image { name } => Err(Error::NoBase { name: name.clone() }),
+        BaseRef::Image { name } => {
+            let tree = engine.0.images.tree(name)?;
+            Ok(Lowers { lowers: vec![tree], binds: Vec::new(), frame: None })
+        }
     }
 }

@@ -28,6 +28,7 @@ use super::logs::Logs;
 use super::manifest::Manifest;
 use super::store::SandboxDir;
 use super::{Error, unix_ms};
+use crate::latency::{Book, Phase, Span};
 use crate::sandbox::link::InitLink;
 use crate::sys::process::{self, Child};
 
@@ -36,13 +37,13 @@ pub(super) type Mail = Inbox<Message>;
 
 /// What a driver is asked or told.
 pub(super) enum Message {
-    Exec { request: Box<ExecRequest>, on_exit: OnExit, reply: Reply<Attachment> },
+    Exec { request: Box<ExecRequest>, span: Span, on_exit: OnExit, reply: Reply<Attachment> },
     Attach { pid: u32, on_exit: OnExit, reply: Reply<Attachment> },
     Signal { pid: u32, signal: i32, reply: Reply<()> },
     StdinClosed { pid: u32 },
     ClientLeft { pid: u32, departure: Departure },
     Kill { reply: Reply<()> },
-    Remove { reply: Reply<()> },
+    Remove { span: Span, reply: Reply<()> },
 }
 
 /// What other threads may look at without asking the driver.
@@ -73,6 +74,7 @@ pub(super) struct Life {
 struct Pending {
     program: String,
     tag: Tag,
+    span: Span,
     on_exit: OnExit,
     reply: Reply<Attachment>,
 }
@@ -85,6 +87,7 @@ pub(super) struct DriverParts {
     pub(super) shown: Arc<Mutex<Shown>>,
     pub(super) logs: Logs,
     pub(super) retired: Arc<AtomicBool>,
+    pub(super) book: Arc<Book>,
 }
 
 pub(super) struct Driver {
@@ -95,6 +98,7 @@ pub(super) struct Driver {
     logs: Logs,
     /// The engine is going: clients leave because of that.
     retired: Arc<AtomicBool>,
+    book: Arc<Book>,
     life: Option<Life>,
     commands: BTreeMap<u32, Command>,
     starting: BTreeMap<u32, Pending>,
@@ -113,7 +117,7 @@ enum Alarm {
 
 impl Driver {
     pub(super) fn new(parts: DriverParts, life: Option<Life>) -> Self {
-        let DriverParts { manifest, dir, mail, shown, logs, retired } = parts;
+        let DriverParts { manifest, dir, mail, shown, logs, retired, book } = parts;
         Self {
             manifest,
             dir,
@@ -121,6 +125,7 @@ impl Driver {
             shown,
             logs,
             retired,
+            book,
             life,
             commands: BTreeMap::new(),
             starting: BTreeMap::new(),
@@ -165,7 +170,7 @@ impl Driver {
     /// The reply to give when the sandbox is no more.
     fn handle(&mut self, message: Message) -> Option<Reply<()>> {
         match message {
-            Message::Exec { request, on_exit, reply } => self.exec(*request, on_exit, reply),
+            Message::Exec { request, span, on_exit, reply } => self.exec(*request, span, on_exit, reply),
             Message::Attach { pid, on_exit, reply } => reply(self.attach(pid, on_exit)),
             Message::Signal { pid, signal, reply } => reply(self.signal(pid, signal)),
             Message::StdinClosed { .. } | Message::ClientLeft { .. } if self.retired.load(Ordering::SeqCst) => {}
@@ -176,7 +181,7 @@ impl Driver {
                 self.show();
                 reply(result);
             }
-            Message::Remove { reply } => return self.remove(reply),
+            Message::Remove { span, reply } => return self.remove(span, reply),
         }
         None
     }
@@ -192,7 +197,8 @@ impl Driver {
         self.life.as_mut().ok_or(Error::ShuttingDown)
     }
 
-    fn exec(&mut self, request: ExecRequest, on_exit: OnExit, reply: Reply<Attachment>) {
+    fn exec(&mut self, request: ExecRequest, mut span: Span, on_exit: OnExit, reply: Reply<Attachment>) {
+        span.end_of(Phase::Queue);
         let seq = self.next_seq;
         let start = Start {
             seq,
@@ -214,7 +220,7 @@ impl Driver {
         match sent {
             Ok(()) => {
                 self.next_seq = seq.wrapping_add(1);
-                self.starting.insert(seq, Pending { program, tag, on_exit, reply });
+                self.starting.insert(seq, Pending { program, tag, span, on_exit, reply });
             }
             Err(error) => reply(Err(error)),
         }
@@ -353,16 +359,21 @@ impl Driver {
     }
 
     /// Gives the reply back when nothing is left. After a failure the sandbox stays, dead, and can be removed again.
-    fn remove(&mut self, reply: Reply<()>) -> Option<Reply<()>> {
+    fn remove(&mut self, mut span: Span, reply: Reply<()>) -> Option<Reply<()>> {
+        span.end_of(Phase::Queue);
         let result = self
             .kill("being removed")
+            .inspect(|()| span.end_of(Phase::Kill))
             .and_then(|()| self.manifest.cgroups.remove().map_err(Error::from))
+            .inspect(|()| span.end_of(Phase::Cgroup))
             .and_then(|()| self.dir.remove().map_err(io_error("remove", &self.dir)));
         self.show();
         if let Err(error) = result {
             reply(Err(error));
             return None;
         }
+        span.end_of(Phase::Files);
+        self.book.record(self.manifest.id.as_str(), &span);
         for message in self.mail.close() {
             refuse(message, &self.manifest.id);
         }
@@ -401,7 +412,8 @@ impl Driver {
         }
     }
 
-    fn hear(&mut self, message: FromInit, fds: Vec<OwnedFd>) {
+    /// Takes what init says.
+    pub(super) fn hear(&mut self, message: FromInit, fds: Vec<OwnedFd>) {
         match message {
             FromInit::Started { seq, pid } => self.started(seq, pid, fds),
             FromInit::StartFailed { seq, step, errno } => {
@@ -420,7 +432,9 @@ impl Driver {
     }
 
     fn started(&mut self, seq: u32, pid: u32, fds: Vec<OwnedFd>) {
-        let Some(Pending { tag, on_exit, reply, .. }) = self.starting.remove(&seq) else { return };
+        let Some(Pending { tag, mut span, on_exit, reply, .. }) = self.starting.remove(&seq) else { return };
+        span.end_of(Phase::Start);
+        self.book.record(self.manifest.id.as_str(), &span);
         let stdio = tag.stdio;
         let ends = match command::ends(stdio, true, fds) {
             Ok(ends) => ends,
@@ -585,7 +599,7 @@ pub(super) fn refuse(message: Message, id: &crate::sandbox::SandboxId) {
     let gone = || Error::NoSandbox { id: id.to_string() };
     match message {
         Message::Exec { reply, .. } | Message::Attach { reply, .. } => reply(Err(gone())),
-        Message::Signal { reply, .. } | Message::Kill { reply } | Message::Remove { reply } => reply(Err(gone())),
+        Message::Signal { reply, .. } | Message::Kill { reply } | Message::Remove { reply, .. } => reply(Err(gone())),
         Message::StdinClosed { .. } | Message::ClientLeft { .. } => {}
     }
 }

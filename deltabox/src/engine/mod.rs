@@ -4,6 +4,7 @@
 //! its own thread, so a caller never waits inside the engine and nothing here is async.
 
 mod api;
+mod bases;
 mod command;
 mod create;
 mod driver;
@@ -21,16 +22,18 @@ pub use api::{
 };
 pub use error::{Error, Kind};
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::deltafs::fixtures::Fixtures;
 use crate::deltafs::hostbase::HostBase;
+use crate::deltafs::imported::ImportedBases;
 use crate::kernel::cgroups::Hierarchies;
+use crate::latency::{self, Book, Operation, Span, Subject};
 use crate::sandbox::{SandboxId, idmap};
 use driver::{Mail, Message, Shown};
 use logs::Logs;
@@ -54,9 +57,13 @@ struct Inner {
     id_map: OwnedFd,
     fixtures: Fixtures,
     logs: Logs,
+    book: Arc<Book>,
     /// Host bases in use, by what was asked to be shown beyond the default.
     host_bases: Mutex<HashMap<Vec<PathBuf>, Arc<HostBase>>>,
+    images: ImportedBases,
     sandboxes: Mutex<BTreeMap<SandboxId, Handle>>,
+    /// Images on their way out, which no new sandbox may take. Locked only with `sandboxes` held.
+    leaving: Mutex<BTreeSet<String>>,
     /// Set by [`Engine::retire`].
     retired: Arc<AtomicBool>,
 }
@@ -65,6 +72,8 @@ struct Inner {
 #[derive(Clone, Debug)]
 struct Handle {
     mail: Arc<Mail>,
+    /// The imported image it stands on.
+    image: Option<String>,
     /// `None` while it is being created.
     shown: Option<Arc<Mutex<Shown>>>,
 }
@@ -92,8 +101,23 @@ impl Engine {
             idmap::open_namespace().map_err(io("make a user namespace with the id map", "/proc/self/ns/user"))?;
         let fixtures = Fixtures::make().map_err(io("make the shared device directory on", "tmpfs"))?;
         let logs = Logs::start().map_err(io("start the log thread of", "deltabox"))?;
-        let (host_bases, sandboxes, retired) = (Mutex::default(), Mutex::default(), Arc::default());
-        let engine = Self(Arc::new(Inner { store, hosts, id_map, fixtures, logs, host_bases, sandboxes, retired }));
+        let images = ImportedBases::at(&store.bases());
+        let bases = store.bases();
+        images.clean().map_err(|source| Error::Io { op: "clean up", path: bases, source })?;
+        let (host_bases, sandboxes, leaving, retired) = Default::default();
+        let engine = Self(Arc::new(Inner {
+            store,
+            hosts,
+            id_map,
+            fixtures,
+            logs,
+            book: Arc::default(),
+            host_bases,
+            images,
+            sandboxes,
+            leaving,
+            retired,
+        }));
         recover::recover(&engine)?;
         Ok(engine)
     }
@@ -142,7 +166,7 @@ impl Engine {
         on_exit: Box<dyn FnOnce(Exit) + Send>,
         reply: Reply<Attachment>,
     ) {
-        self.post(id, Message::Exec { request: Box::new(request), on_exit, reply });
+        self.post(id, Message::Exec { request: Box::new(request), span: Span::begin(Operation::Exec), on_exit, reply });
     }
 
     /// Attaches to a command that is held (after a lost connection or a daemon restart).
@@ -180,6 +204,18 @@ impl Engine {
         }
     }
 
+    /// Latencies of a sandbox's operations, or of all that this engine has carried out. Never waits for a driver.
+    pub fn stats(&self, id: Option<&SandboxId>) -> Result<Vec<latency::Row>, Error> {
+        let subject = match id {
+            None => Subject::All,
+            Some(id) => {
+                self.shown(id)?;
+                Subject::Sandbox(id.to_string())
+            }
+        };
+        Ok(self.0.book.rows(&subject))
+    }
+
     /// Ends every process of a sandbox; its files stay until `remove`.
     pub fn kill(&self, id: &SandboxId, reply: Reply<()>) {
         self.post(id, Message::Kill { reply });
@@ -187,7 +223,7 @@ impl Engine {
 
     /// Ends and removes a sandbox with everything it left.
     pub fn remove(&self, id: &SandboxId, reply: Reply<()>) {
-        self.post(id, Message::Remove { reply });
+        self.post(id, Message::Remove { span: Span::begin(Operation::Remove), reply });
     }
 
     fn sandboxes(&self) -> MutexGuard<'_, BTreeMap<SandboxId, Handle>> {
@@ -222,21 +258,6 @@ impl Engine {
         let base = Arc::new(base.map_err(|error| error::base_refused("host", error))?);
         bases.insert(with.to_vec(), Arc::clone(&base));
         Ok(base)
-    }
-
-    /// Imports a directory or tar archive as a base (blocking, may take long).
-    pub fn import_base(&self, _name: &str, _source: &Path) -> Result<BaseReport, Error> {
-        Err(Error::ShuttingDown)
-    }
-
-    /// Imported bases, sorted by name.
-    pub fn bases(&self) -> Result<Vec<BaseReport>, Error> {
-        Ok(Vec::new())
-    }
-
-    /// Removes an imported base; refused while a sandbox uses it.
-    pub fn remove_base(&self, name: &str) -> Result<(), Error> {
-        Err(Error::NoBase { name: name.to_owned() })
     }
 }
 

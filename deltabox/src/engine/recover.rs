@@ -3,11 +3,12 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use deltabox_common::init::ToInit;
+use deltabox_common::init::{FromInit, ToInit};
 
 use super::create::{drive_to_the_end, register};
 use super::driver::{Life, Mail};
@@ -21,6 +22,9 @@ use crate::sys::process::{self, Child};
 
 /// How long processes of a half-made sandbox may take to die.
 const DEADLINE: Duration = Duration::from_secs(30);
+
+/// How long an init may take to tell what it holds (chosen: it only ever blocks in poll).
+const LIST_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Goes through the store and the store's cgroups. A sandbox that cannot be recovered never keeps others from it.
 pub(super) fn recover(engine: &Engine) -> Result<(), Error> {
@@ -61,24 +65,31 @@ pub(super) fn recover(engine: &Engine) -> Result<(), Error> {
 fn take_up(engine: &Engine, manifest: Manifest) -> Result<(), Error> {
     let id = manifest.id.clone();
     let listener = engine.0.store.sandbox(&id).listener();
-    let life = match reach(&manifest, &listener) {
-        Ok(life) => Some(life),
+    let (life, held) = match reach(&manifest, &listener) {
+        Ok((life, held)) => (Some(life), held),
         Err(error) => {
             tracing::warn!(sandbox = %id, %error, "dead");
             // What is left of it (init gone, others not yet) goes as well.
             manifest.cgroups.kill(DEADLINE)?;
-            None
+            (None, Vec::new())
         }
     };
     let io = |source| Error::Io { op: "recover", path: listener.clone(), source };
     let mail = Arc::new(Mail::new().map_err(|errno| io(errno.into()))?);
-    let driver = register(engine, manifest, life, mail);
+    let mut driver = register(engine, manifest, life, mail);
+    for (message, fds) in held {
+        driver.hear(message, fds);
+    }
     let (engine, name) = (engine.clone(), id.clone());
     let drive = move || drive_to_the_end(&engine, &name, driver);
     std::thread::Builder::new().name(format!("sb-{id}")).spawn(drive).map(drop).map_err(io)
 }
 
-fn reach(manifest: &Manifest, listener: &Path) -> io::Result<Life> {
+/// What init told of the commands it holds.
+type Held = Vec<(FromInit, Vec<OwnedFd>)>;
+
+/// Connects to a sandbox's init and asks what it holds, so that no client is told that its command is unknown.
+fn reach(manifest: &Manifest, listener: &Path) -> io::Result<(Life, Held)> {
     let gone = || io::Error::new(io::ErrorKind::NotFound, "its init is gone");
     let pidfd = process::pidfd_open(manifest.init.pid).map_err(|_| gone())?;
     // After the pidfd is open, so that the process checked is the process held.
@@ -87,7 +98,15 @@ fn reach(manifest: &Manifest, listener: &Path) -> io::Result<Life> {
     }
     let mut link = InitLink::new(sandbox::connect_at(listener)?)?;
     link.send(&ToInit::List, &[])?;
-    Ok(Life { init: Child { pid: manifest.init.pid, pidfd }, link })
+    let end = Instant::now() + LIST_DEADLINE;
+    let mut held = Vec::new();
+    loop {
+        match link.recv(end)? {
+            (FromInit::ListEnd, _) => break,
+            other => held.push(other),
+        }
+    }
+    Ok((Life { init: Child { pid: manifest.init.pid, pidfd }, link }, held))
 }
 
 fn clean(engine: &Engine, id: &SandboxId) -> Result<(), Error> {

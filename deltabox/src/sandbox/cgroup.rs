@@ -92,7 +92,7 @@ impl Cgroups {
         limits: &Limits,
     ) -> Result<(), CgroupError> {
         let live = self.unified.join("live");
-        fs::create_dir_all(&live).at("create", &live)?;
+        create_all(&live)?;
         let wanted = [
             ("memory", "memory", limits.memory_bytes, "memory.max", "memory.limit_in_bytes"),
             ("processes", "pids", limits.n_pids, "pids.max", "pids.max"),
@@ -104,7 +104,7 @@ impl Cgroups {
                 self.unified.join(v2_file)
             } else if let Some(root) = hosts.v1.get(controller) {
                 let dir = store_group(root, store_tag).join(id.as_str());
-                fs::create_dir_all(&dir).at("create", &dir)?;
+                create_all(&dir)?;
                 let file = dir.join(v1_file);
                 if !self.v1.contains(&dir) {
                     self.v1.push(dir);
@@ -176,13 +176,32 @@ impl Cgroups {
         }
     }
 
-    /// Removes the groups. They must be empty; what does not exist is fine.
+    /// Removes the groups, and those of the store if it has no other sandbox. They must be empty; what does not exist
+    /// is fine.
     pub fn remove(&self) -> Result<(), CgroupError> {
         for dir in self.v1.iter().chain([&self.unified]) {
             remove_tree(dir)?;
+            for above in dir.ancestors().skip(1).take(2) {
+                // Not while another sandbox, or another store, is in it.
+                if fs::remove_dir(above).is_err() {
+                    break;
+                }
+            }
         }
         Ok(())
     }
+}
+
+/// Makes a group and those above it. Another sandbox's removal may take an empty one away in between.
+fn create_all(dir: &Path) -> Result<(), CgroupError> {
+    const N_TRIES: usize = 100;
+    for _ in 1..N_TRIES {
+        match fs::create_dir_all(dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            other => return other.at("create", dir),
+        }
+    }
+    fs::create_dir_all(dir).at("create", dir)
 }
 
 /// Removes a cgroup and its descendants, deepest first (only rmdir works on cgroups).

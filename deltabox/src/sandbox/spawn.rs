@@ -24,6 +24,7 @@ use nix::sys::memfd::MFdFlags;
 use super::cgroup::{CgroupError, Cgroups};
 use super::link::InitLink;
 use super::{Net, SandboxId, filter, idmap};
+use crate::latency::{Phase, Span};
 use crate::sys::process::{self, Child, CloneRequest, Program};
 
 /// Init's program, built by build.rs.
@@ -98,7 +99,7 @@ fn call(op: &'static str) -> impl FnOnce(io::Error) -> SpawnError {
 }
 
 /// Makes the sandbox. Blocks until init is ready (about a millisecond).
-pub fn spawn(parts: Parts<'_>) -> Result<Spawned, SpawnError> {
+pub fn spawn(parts: Parts<'_>, span: &mut Span) -> Result<Spawned, SpawnError> {
     crate::fault::point("create.spawn").map_err(call("clone3"))?;
     let (ours, theirs) = UnixStream::pair().map_err(call("make a socket pair"))?;
     let listener = super::listen_at(parts.listener).map_err(call("listen for engines"))?;
@@ -117,8 +118,11 @@ pub fn spawn(parts: Parts<'_>) -> Result<Spawned, SpawnError> {
     idmap::write_maps(newborn.pid()).map_err(call("write the id map"))?;
     parts.cgroups.attach_v1(newborn.pid())?;
     opener.write_all(b"x").map_err(call("open the gate"))?;
+    span.end_of(Phase::Spawn);
     boot(&mut link, parts)?;
-    newborn.ready(link)
+    let spawned = newborn.ready(link)?;
+    span.end_of(Phase::Boot);
+    Ok(spawned)
 }
 
 fn namespaces(net: Net) -> u64 {

@@ -10,7 +10,9 @@ pub mod memory;
 pub mod mount;
 pub mod process;
 pub mod ptrace;
+pub mod seccomp;
 pub mod socket;
+pub mod steps;
 pub mod tty;
 
 use std::io;

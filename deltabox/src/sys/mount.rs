@@ -79,7 +79,7 @@ pub fn fs_log(fs: BorrowedFd<'_>) -> String {
     lines.join("; ")
 }
 
-/// What [`open_tree`] copies.
+/// What [`open_tree_clone`] copies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Clone {
     /// The one mount at the path.

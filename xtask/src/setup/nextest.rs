@@ -36,6 +36,9 @@ pub(crate) fn program(workspace: &Workspace) -> anyhow::Result<PathBuf> {
 pub(super) fn install(workspace: &Workspace) -> anyhow::Result<()> {
     let mut command = workspace.cargo("install");
     command.args(["cargo-nextest", "--locked", "--version", VERSION, "--root"]).arg(workspace.target.join("tools"));
+    // A runner that only starts tests: its updater and an optimized build would cost minutes and save nothing.
+    command.args(["--no-default-features", "--features", "default-no-update"]);
+    command.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1").env("CARGO_PROFILE_RELEASE_LTO", "off");
     workspace::run(&mut command)
 }
 

@@ -2,8 +2,8 @@
 //! to again through the next daemon.
 //!
 //! Sending and receiving go on side by side, so that a signal gets through to a command whose output nobody
-//! takes. Bytes of standard input that were under way when a daemon died may be lost; output is not, as long
-//! as the engine keeps it.
+//! takes. Bytes that a daemon had in its hands when it was killed may be lost: standard input, and at most one
+//! frame of output (none when it was told to end).
 
 use std::io;
 use std::path::PathBuf;
@@ -264,7 +264,7 @@ async fn receive(
     let mut frames = FrameBuffer::new();
     let mut head = head.chunks(MAX_PAYLOAD / 2);
     loop {
-        while let Some((kind, payload)) = frames.next().map_err(|error| nonsense(error.to_string()))? {
+        while let Some((kind, payload)) = frames.take_frame().map_err(|error| nonsense(error.to_string()))? {
             let taken = match ServerFrame::parse(kind, payload).map_err(|error| nonsense(error.to_string()))? {
                 ServerFrame::Started(started) => {
                     *pid = Some(started.pid);
@@ -288,11 +288,22 @@ async fn receive(
             frames.filled(part.len());
             continue;
         }
-        match reader.read(frames.room()).await {
-            Ok(0) => return Ok(Stayed::Broken(io::ErrorKind::UnexpectedEof.into())),
-            Ok(n) => frames.filled(n),
-            Err(source) => return Ok(Stayed::Broken(source)),
+        let source = match reader.read(frames.room()).await {
+            Ok(0) => io::ErrorKind::UnexpectedEof.into(),
+            Ok(n) => {
+                frames.filled(n);
+                continue;
+            }
+            Err(source) => source,
+        };
+        // A daemon was killed in the middle of a frame: the next one goes on after what it took from the pipe.
+        if let Some((is_stdout, bytes)) = frames.partial_output() {
+            let stream = if is_stdout { Stream::Stdout } else { Stream::Stderr };
+            if !output.send(stream, bytes).await {
+                return Ok(Stayed::OutputClosed);
+            }
         }
+        return Ok(Stayed::Broken(source));
     }
 }
 
