@@ -149,26 +149,30 @@ fn lifecycle(product: &Product, name: &str) -> anyhow::Result<[Duration; 3]> {
     Ok([created, product::engine_time(&report), begun.elapsed()])
 }
 
-/// Create right after a removal.
+/// Create right after a removal, and removal right after a creation.
 fn churn(product: &Product, floor: &Floor, n_rounds: u32) -> anyhow::Result<Vec<Row>> {
     let window =
         "as create, right after another sandbox was removed and while the kernel takes down its network namespace";
     let mut create = Row::measured("create after rm", "bare create after rm", window);
+    let mut remove = Row::measured("rm of a young one", "bare rm", "as rm, right after create and first exec");
     let mut bare = Row::floor("bare create after rm", "as bare create, right after another bare sandbox was removed");
     for round in 0..n_rounds {
         let ours = || {
             let [created, ..] = lifecycle(product, "one")?;
-            product.remove("one").map(|()| created)
+            let begun = Instant::now();
+            product.remove("one").map(|()| [created, begun.elapsed()])
         };
         let theirs = || {
             let (took, bare) = floor.create(Trivial::Exit)?;
             bare.remove().map(|()| took)
         };
         let (ours, theirs) = alternate(round, ours, theirs);
-        create.samples.record(ours?);
+        for (row, took) in [&mut create, &mut remove].into_iter().zip(ours?) {
+            row.samples.record(took);
+        }
         bare.samples.record(theirs?);
     }
-    Ok(vec![create, bare])
+    Ok(vec![create, bare, remove])
 }
 
 /// Returns when the kernel seems to have taken down what earlier rounds left. There is no event for it: bare sandboxes
