@@ -144,7 +144,7 @@ impl Drop for Scraps {
             return;
         }
         if let Some(cgroups) = &self.cgroups
-            && let Err(error) = cgroups.kill(std::time::Duration::from_secs(10)).and_then(|()| cgroups.remove())
+            && let Err(error) = cgroups.kill(None, std::time::Duration::from_secs(10)).and_then(|()| cgroups.remove())
         {
             tracing::error!(%error, "cgroups of a failed creation remain until the next start");
         }

@@ -331,7 +331,8 @@ impl Driver {
     }
 
     fn kill(&mut self, reason: &str) -> Result<(), Error> {
-        self.manifest.cgroups.kill(KILL_DEADLINE).map_err(Error::from)?;
+        let init = self.life.as_ref().map(|life| life.init.pidfd.as_fd());
+        self.manifest.cgroups.kill(init, KILL_DEADLINE).map_err(Error::from)?;
         self.bury(reason);
         Ok(())
     }

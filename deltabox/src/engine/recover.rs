@@ -70,7 +70,7 @@ fn take_up(engine: &Engine, manifest: Manifest) -> Result<(), Error> {
         Err(error) => {
             tracing::warn!(sandbox = %id, %error, "dead");
             // What is left of it (init gone, others not yet) goes as well.
-            manifest.cgroups.kill(DEADLINE)?;
+            manifest.cgroups.kill(None, DEADLINE)?;
             (None, Vec::new())
         }
     };
@@ -114,7 +114,7 @@ fn clean(engine: &Engine, id: &SandboxId) -> Result<(), Error> {
     let unified = cgroup::store_group(&engine.0.hosts.unified, tag).join(id.as_str());
     let v1 = engine.0.hosts.v1.values().map(|root| cgroup::store_group(root, tag).join(id.as_str())).collect();
     let cgroups = Cgroups { unified, v1 };
-    cgroups.kill(DEADLINE)?;
+    cgroups.kill(None, DEADLINE)?;
     cgroups.remove()?;
     let dir = engine.0.store.sandbox(id);
     dir.remove().map_err(|source| Error::Io { op: "remove", path: dir.path().to_owned(), source })

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::{self, Read, Seek};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -141,16 +141,20 @@ impl Cgroups {
     }
 
     /// Kills every process and waits until none is left. Groups that do not exist have none.
-    pub fn kill(&self, deadline: Duration) -> Result<(), CgroupError> {
+    ///
+    /// `init` is a pidfd of the process that outlives all others (PID 1 of their namespace), if one is at hand. With it
+    /// the end is seen at once: the kernel notifies of `cgroup.events` only every 10 ms (CGROUP_FILE_NOTIFY_MIN_INTV),
+    /// and the birth of the first process was such an event.
+    pub fn kill(&self, init: Option<BorrowedFd<'_>>, deadline: Duration) -> Result<(), CgroupError> {
         let file = self.unified.join("cgroup.kill");
         match fs::write(&file, "1") {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             other => other.at("write", &file)?,
         }
-        self.wait_empty(deadline)
+        self.wait_empty(init, deadline)
     }
 
-    fn wait_empty(&self, deadline: Duration) -> Result<(), CgroupError> {
+    fn wait_empty(&self, mut init: Option<BorrowedFd<'_>>, deadline: Duration) -> Result<(), CgroupError> {
         let path = self.unified.join("cgroup.events");
         let mut events = fs::File::open(&path).at("open", &path)?;
         let end = Instant::now() + deadline;
@@ -168,10 +172,15 @@ impl Cgroups {
             }
             // The kernel notifies a change of cgroup.events as POLLPRI.
             let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-            let mut fds = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+            let mut fds: Vec<PollFd<'_>> = vec![PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+            fds.extend(init.map(|init| PollFd::new(init, PollFlags::POLLIN)));
             match nix::poll::poll(&mut fds, timeout) {
                 Ok(_) | Err(nix::Error::EINTR) => {}
                 Err(error) => return Err(error.into()).at("poll", &path),
+            }
+            // It stays readable; what is left after it is waited for by the events alone.
+            if fds.get(1).is_some_and(|fd| fd.any() == Some(true)) {
+                init = None;
             }
         }
     }

@@ -27,6 +27,7 @@ use std::process::{Child, Command, ExitCode};
 
 use anyhow::Context;
 use clap::Parser;
+use deltabox::sandbox::cgroup::remove_tree;
 use deltabox_tests::Host;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -104,8 +105,9 @@ fn keep(wanted: &Wanted) -> anyhow::Result<ExitCode> {
         host.end_daemon(Signal::SIGTERM);
         eprint!("{}", host.daemon_log());
     }
+    let tag = std::fs::read_to_string(host.store().join("tag")).context("read the store's tag")?;
     drop(host);
-    remove_groups(keeper)?;
+    remove_groups(keeper, &tag)?;
     match ended? {
         WaitStatus::Exited(_, 0) => Ok(ExitCode::SUCCESS),
         other => {
@@ -130,12 +132,13 @@ fn wait(child: Child, watched: &SigSet) -> anyhow::Result<WaitStatus> {
     }
 }
 
-/// What a bench that was cut short has left in the cgroups.
-fn remove_groups(keeper: u32) -> anyhow::Result<()> {
+/// The groups of the bench, and that of the store, which is gone for good.
+fn remove_groups(keeper: u32, tag: &str) -> anyhow::Result<()> {
     let floor = floor::group(keeper)?;
     if floor.exists() {
         std::fs::write(floor.join("cgroup.kill"), "1").context("kill bare sandboxes")?;
-        deltabox::sandbox::cgroup::remove_tree(&floor)?;
+        remove_tree(&floor)?;
     }
+    remove_tree(&floor.with_file_name(tag))?;
     memory::remove_group(keeper)
 }

@@ -42,7 +42,7 @@ pub(crate) fn run(place: &Place, n_rounds: u32, file: Option<&Path>) -> anyhow::
     eprintln!("exec ...");
     rows.extend(execs(&product, n_rounds)?);
     eprintln!("command line ...");
-    rows.extend(processes(n_rounds)?);
+    rows.extend(processes(&floor, n_rounds)?);
     eprintln!("{} at once ...", many::N_SANDBOXES);
     let (many_rows, walls) = many::run(&floor)?;
     rows.extend(many_rows);
@@ -149,26 +149,30 @@ fn lifecycle(product: &Product, name: &str) -> anyhow::Result<[Duration; 3]> {
     Ok([created, product::engine_time(&report), begun.elapsed()])
 }
 
-/// Create right after a removal.
+/// Create right after a removal, and removal right after a creation.
 fn churn(product: &Product, floor: &Floor, n_rounds: u32) -> anyhow::Result<Vec<Row>> {
     let window =
         "as create, right after another sandbox was removed and while the kernel takes down its network namespace";
     let mut create = Row::measured("create after rm", "bare create after rm", window);
+    let mut remove = Row::measured("rm of a young one", "bare rm", "as rm, right after create and first exec");
     let mut bare = Row::floor("bare create after rm", "as bare create, right after another bare sandbox was removed");
     for round in 0..n_rounds {
         let ours = || {
             let [created, ..] = lifecycle(product, "one")?;
-            product.remove("one").map(|()| created)
+            let begun = Instant::now();
+            product.remove("one").map(|()| [created, begun.elapsed()])
         };
         let theirs = || {
             let (took, bare) = floor.create(Trivial::Exit)?;
             bare.remove().map(|()| took)
         };
         let (ours, theirs) = alternate(round, ours, theirs);
-        create.samples.record(ours?);
+        for (row, took) in [&mut create, &mut remove].into_iter().zip(ours?) {
+            row.samples.record(took);
+        }
         bare.samples.record(theirs?);
     }
-    Ok(vec![create, bare])
+    Ok(vec![create, bare, remove])
 }
 
 /// Returns when the kernel seems to have taken down what earlier rounds left. There is no event for it: bare sandboxes
@@ -230,31 +234,50 @@ fn execs(product: &Product, n_rounds: u32) -> anyhow::Result<Vec<Row>> {
     Ok(pairs.into_iter().flat_map(|(_, ours, theirs)| [ours, theirs]).collect())
 }
 
-fn processes(n_rounds: u32) -> anyhow::Result<Vec<Row>> {
+fn processes(floor: &Floor, n_rounds: u32) -> anyhow::Result<Vec<Row>> {
     let window = "whole process: fork and exec of `deltabox exec one -- /bin/true` until its end";
-    let mut exec = Row::measured("cli exec", "process", window);
+    let mut exec = Row::measured("cli exec", "nsenter", window);
     let window = "whole process: `deltabox run -- /bin/true`, which creates, executes and removes";
-    let mut run = Row::measured("cli run", "bare create + exec", window);
-    let mut bare = Row::floor("process", "fork (posix_spawn) and exec of /bin/true on the host, wait");
+    let mut run = Row::measured("cli run", "bare run", window);
+    let mut enter = Row::floor(
+        "nsenter",
+        "whole process: nsenter(1) into the same namespaces of the same sandbox, /bin/true there",
+    );
+    let mut bare_run = Row::floor(
+        "bare run",
+        "/bin/true as a process on the host, then bare create + exec and its removal; nothing else is held",
+    );
+    let mut process = Row::floor("process", "fork (posix_spawn) and exec of /bin/true on the host, wait");
     let product = Product::new()?;
-    product.create("one")?;
+    let init = product.create("one")?.init_pid.context("a running sandbox has an init")?.to_string();
     let clock = |program: &Path, args: &[&str]| {
         let begun = Instant::now();
         product::process(Command::new(program).args(args)).map(|()| begun.elapsed())
     };
     let deltabox = deltabox_tests::binary();
+    let visit = ["--target", &init, "--user", "--pid", "--mount", "--net", "--ipc", "--uts", "--cgroup", "/bin/true"];
     for round in 0..n_rounds + N_WARM_UP {
         let ours = || clock(&deltabox, &["exec", "one", "--", "/bin/true"]);
-        let (took, floor) = alternate(round, ours, || clock(Path::new("/bin/true"), &[]));
-        let (took, floor, ran) = (took?, floor?, clock(&deltabox, &["run", "--", "/bin/true"])?);
+        let theirs = || anyhow::Ok((clock(Path::new("nsenter"), &visit)?, clock(Path::new("/bin/true"), &[])?));
+        let (exec_took, floors) = alternate(round, ours, theirs);
+        let ours = || clock(&deltabox, &["run", "--", "/bin/true"]);
+        let theirs = || {
+            let begun = Instant::now();
+            product::process(&mut Command::new("/bin/true"))?;
+            let (_, bare) = floor.create(Trivial::True)?;
+            bare.remove().map(|()| begun.elapsed())
+        };
+        let (run_took, bare_run_took) = alternate(round, ours, theirs);
+        let (enter_took, process_took) = floors?;
         if round >= N_WARM_UP {
-            exec.samples.record(took);
-            bare.samples.record(floor);
-            run.samples.record(ran);
+            let rows = [&mut exec, &mut enter, &mut process, &mut run, &mut bare_run];
+            for (row, took) in rows.into_iter().zip([exec_took?, enter_took, process_took, run_took?, bare_run_took?]) {
+                row.samples.record(took);
+            }
         }
     }
     product.remove("one")?;
-    Ok(vec![exec, bare, run])
+    Ok(vec![exec, enter, process, run, bare_run])
 }
 
 /// Rounds before the clock counts: the first sandbox of a daemon prepares its base, and caches are cold.
