@@ -114,6 +114,7 @@ pub fn spawn(parts: Parts<'_>, span: &mut Span) -> Result<Spawned, SpawnError> {
     drop((theirs, gate));
 
     let newborn = Newborn { init: Some(init) };
+    crate::fault::point("create.gate").map_err(call("write the id map"))?;
     let mut link = InitLink::new(ours).map_err(call("set up a socket"))?;
     idmap::write_maps(newborn.pid()).map_err(call("write the id map"))?;
     parts.cgroups.attach_v1(newborn.pid())?;

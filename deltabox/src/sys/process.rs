@@ -147,7 +147,14 @@ pub fn clone_and_exec(request: CloneRequest<'_>, gate: BorrowedFd<'_>, program: 
     let envp: Vec<Option<&CStr>> = program.envp.iter().copied().map(Some).chain([None]).collect();
     let mut high: Vec<(RawFd, RawFd)> = program.fds.iter().map(|(fd, number)| (fd.as_raw_fd(), *number)).collect();
     let (gate, file) = (gate.as_raw_fd(), program.file.as_raw_fd());
+    let mut kept: Vec<RawFd> = high.iter().map(|(source, _)| *source).chain([0, 1, 2, gate, file]).collect();
+    kept.sort_unstable();
     let child = || {
+        // Before anything that waits: it is a copy of the caller with all its descriptors, the gate's other end, locks and
+        // listening sockets among them. If the caller dies now, nothing of it may live on here.
+        if close_all_but(&kept).is_err() {
+            return 122;
+        }
         if !read_one_byte(gate) {
             return 120;
         }
@@ -201,6 +208,21 @@ pub fn reap(child: &Child) -> io::Result<libc::c_int> {
             Err(error) => return Err(error),
         }
     }
+}
+
+/// Closes every descriptor that is not in `kept`, which is sorted.
+fn close_all_but(kept: &[RawFd]) -> io::Result<()> {
+    let mut next: u32 = 0;
+    for fd in kept {
+        let fd = fd.cast_unsigned();
+        if fd > next {
+            // SAFETY: no pointers. In a child before exec: nothing that runs there owns these.
+            check(unsafe { libc::syscall(libc::SYS_close_range, next, fd - 1, 0) })?;
+        }
+        next = fd.saturating_add(1);
+    }
+    // SAFETY: as above.
+    check(unsafe { libc::syscall(libc::SYS_close_range, next, u32::MAX, 0) }).map(drop)
 }
 
 fn read_one_byte(fd: RawFd) -> bool {
