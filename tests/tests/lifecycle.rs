@@ -156,7 +156,15 @@ fn a_creation_cut_short_anywhere_leaves_nothing() {
     if skipped_without_root() {
         return;
     }
-    for point in ["create.layer", "create.mount", "create.cgroup", "create.spawn", "create.gate", "create.boot", "create.manifest"] {
+    for point in [
+        "create.layer",
+        "create.mount",
+        "create.cgroup",
+        "create.spawn",
+        "create.gate",
+        "create.boot",
+        "create.manifest",
+    ] {
         // Failing: the error is told, the next creation works.
         let mut host = Host::start_with(&[("DELTABOX_FAULT", point)]);
         let error = host.cli(["create", "--json", "a"]).error();

@@ -26,9 +26,7 @@ pub fn open_namespace() -> io::Result<OwnedFd> {
         CloneRequest { namespaces: u64::from(libc::CLONE_NEWUSER.cast_unsigned()), ..CloneRequest::default() };
     let child = process::clone_waiting(request, gate.as_fd())?;
     let namespace = write_maps(child.pid).and_then(|()| fs::File::open(format!("/proc/{}/ns/user", child.pid)));
-    // The child's own copy of the write end would keep it waiting: it is signalled instead.
     drop(hold);
-    process::pidfd_send_signal(child.pidfd.as_fd(), libc::SIGKILL)?;
     process::reap(&child)?;
     Ok(namespace?.into())
 }

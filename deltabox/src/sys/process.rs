@@ -190,6 +190,10 @@ pub fn clone_and_exec(request: CloneRequest<'_>, gate: BorrowedFd<'_>, program: 
 pub fn clone_waiting(request: CloneRequest<'_>, gate: BorrowedFd<'_>) -> io::Result<Child> {
     let gate = gate.as_raw_fd();
     let child = || {
+        // Its own copy of the other end, above all: with it, it would wait for ever for a caller that died.
+        if close_all_but(&[gate]).is_err() {
+            return 122;
+        }
         while read_one_byte(gate) {}
         0
     };
