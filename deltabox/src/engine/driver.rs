@@ -26,6 +26,7 @@ use super::command::{self, Command, OnExit, Tag};
 use super::inbox::Inbox;
 use super::logs::Logs;
 use super::manifest::Manifest;
+use super::request;
 use super::store::SandboxDir;
 use super::{Error, unix_ms};
 use crate::latency::{Book, Phase, Span};
@@ -61,9 +62,6 @@ const HANGUP_GRACE: Duration = Duration::from_secs(5);
 pub(super) const REATTACH_GRACE: Duration = Duration::from_secs(15);
 /// Ended commands with a log that are still listed (chosen: enough to look back, bounded).
 const N_ENDED_SHOWN: usize = 256;
-/// Unless the sandbox or the command says otherwise.
-const DEFAULT_ENV: [&str; 2] = ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"];
-
 /// A running init and the connection to it.
 #[derive(Debug)]
 pub(super) struct Life {
@@ -208,11 +206,11 @@ impl Driver {
             gid: request.gid.unwrap_or(request.uid),
             cwd: request.cwd.clone().unwrap_or_else(|| "/".to_owned()),
             argv: request.argv.clone(),
-            env: environment(&self.manifest.spec.env, &request),
+            env: request::environment(&self.manifest.spec.env, &request),
         };
         let tag = Tag::of(&request, unix_ms());
         let program = request.argv.first().cloned().unwrap_or_default();
-        let sent = check(&request).and_then(|()| {
+        let sent = request::check(&request).and_then(|()| {
             let tag =
                 serde_json::to_vec(&tag).map_err(|error| Error::Invalid { what: "argv", why: error.to_string() })?;
             self.tell(&ToInit::Start(Start { tag, ..start }))
@@ -557,44 +555,6 @@ fn may_still_print(end: &OwnedFd) -> bool {
     }
 }
 
-fn check(request: &ExecRequest) -> Result<(), Error> {
-    let invalid = |what, why: &str| Err(Error::Invalid { what, why: why.to_owned() });
-    let texts = request.argv.iter().chain(&request.env).chain(&request.cwd);
-    if texts.into_iter().any(|text| text.contains('\0')) {
-        return invalid("argv, env or cwd", "a NUL byte cannot be part of it");
-    }
-    if request.argv.is_empty() {
-        return invalid("argv", "no program given");
-    }
-    if request.env.iter().any(|pair| !pair.contains('=')) {
-        return invalid("env", "give KEY=VALUE");
-    }
-    let n_ids = crate::sandbox::idmap::N_IDS;
-    if request.uid >= n_ids || request.gid.is_some_and(|gid| gid >= n_ids) {
-        return invalid("user", "users and groups inside are 0 to 65535");
-    }
-    if request.cwd.as_ref().is_some_and(|cwd| !cwd.starts_with('/')) {
-        return invalid("cwd", "give an absolute directory");
-    }
-    Ok(())
-}
-
-/// Defaults, the sandbox's, the command's: a later one wins.
-fn environment(sandbox: &[String], request: &ExecRequest) -> Vec<String> {
-    let home = if request.uid == 0 { "HOME=/root" } else { "HOME=/" };
-    let term = matches!(request.stdio, Stdio::Pty { .. }).then_some("TERM=xterm");
-    let defaults = DEFAULT_ENV.into_iter().chain([home]).chain(term).map(str::to_owned);
-    let mut env: Vec<String> = Vec::new();
-    for pair in defaults.chain(sandbox.iter().cloned()).chain(request.env.iter().cloned()) {
-        let key = pair.split_once('=').map_or(pair.as_str(), |(key, _)| key).to_owned();
-        match env.iter_mut().find(|old| old.split_once('=').is_some_and(|(old, _)| old == key)) {
-            Some(old) => *old = pair,
-            None => env.push(pair),
-        }
-    }
-    env
-}
-
 /// Answers what came too late for a sandbox that is no more.
 pub(super) fn refuse(message: Message, id: &crate::sandbox::SandboxId) {
     let gone = || Error::NoSandbox { id: id.to_string() };
@@ -608,45 +568,4 @@ pub(super) fn refuse(message: Message, id: &crate::sandbox::SandboxId) {
 fn io_error(op: &'static str, dir: &SandboxDir) -> impl FnOnce(io::Error) -> Error {
     let path = dir.path().to_owned();
     move |source| Error::Io { op, path, source }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn request() -> ExecRequest {
-        ExecRequest {
-            argv: vec!["sh".to_owned()],
-            env: vec!["PATH=/x".to_owned(), "A=2".to_owned()],
-            cwd: None,
-            uid: 0,
-            gid: None,
-            stdio: Stdio::Log,
-            on_disconnect: OnDisconnect::End,
-        }
-    }
-
-    #[test]
-    fn the_commands_environment_wins_over_the_sandboxs_over_the_default() {
-        let env = environment(&["A=1".to_owned(), "B=1".to_owned()], &request());
-        assert_eq!(env, ["PATH=/x", "LANG=C.UTF-8", "HOME=/root", "A=2", "B=1"]);
-    }
-
-    #[test]
-    fn requests_that_make_no_sense_are_refused_before_init_sees_them() {
-        assert!(check(&request()).is_ok());
-        let bad: [fn(&mut ExecRequest); 6] = [
-            |r| r.argv.clear(),
-            |r| r.argv.push("a\0b".to_owned()),
-            |r| r.env.push("novalue".to_owned()),
-            |r| r.uid = 65_536,
-            |r| r.gid = Some(u32::MAX),
-            |r| r.cwd = Some("tmp".to_owned()),
-        ];
-        for spoil in bad {
-            let mut request = request();
-            spoil(&mut request);
-            assert!(matches!(check(&request), Err(Error::Invalid { .. })), "{request:?} was taken");
-        }
-    }
 }

@@ -14,6 +14,7 @@ mod logs;
 mod manifest;
 mod processes;
 mod recover;
+mod request;
 mod store;
 
 pub use api::{
