@@ -363,7 +363,8 @@ impl<F> Assembler<F> {
     /// The next whole frame, if it is there.
     ///
     /// # Errors
-    /// [`Malformed`] if the header claims too much, or its descriptors did not come: the stream is lost.
+    /// [`Malformed`] if the header claims too much: the stream is lost. A frame may be short of descriptors: the
+    /// receiver had no room for them (EMFILE), and the frame's reader has to cope with that.
     pub fn next_frame(&mut self) -> Result<Option<Frame<F>>, Malformed> {
         let mut header = Reader(&self.bytes);
         let (Ok(len), Ok(kind), Ok(n_fds), Ok(0)) = (header.u32(), header.u8(), header.u8(), header.u16()) else {
@@ -377,9 +378,7 @@ impl<F> Assembler<F> {
         let Some(payload) = self.bytes.get(HEADER_LEN..HEADER_LEN + len) else {
             return Ok(None);
         };
-        if self.fds.len() < n_fds {
-            return Err(Malformed);
-        }
+        let n_fds = n_fds.min(self.fds.len());
         let payload = payload.to_vec();
         self.bytes.drain(..HEADER_LEN + len);
         Ok(Some((kind, payload, self.fds.drain(..n_fds).collect())))

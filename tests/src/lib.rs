@@ -105,6 +105,8 @@ pub struct Host {
     dir: TempDir,
     daemon: Option<Child>,
     env: Vec<(String, String)>,
+    /// A command and arguments that the daemon is started by.
+    under: Vec<String>,
 }
 
 impl Host {
@@ -119,10 +121,19 @@ impl Host {
         Self::start_in(dir, env)
     }
 
+    /// Starts one by way of another command (`prlimit ...`), which must execute it in its own place.
+    pub fn start_under(under: &[&str]) -> Self {
+        let dir = TempDir::with_prefix("deltabox-test-").expect("temporary directory");
+        let under = under.iter().map(|word| (*word).to_owned()).collect();
+        let mut host = Self { dir, daemon: None, env: Vec::new(), under };
+        host.start_daemon();
+        host
+    }
+
     /// Starts one whose store and socket lie in `dir`.
     pub fn start_in(dir: TempDir, env: &[(&str, &str)]) -> Self {
         let env = env.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        let mut host = Self { dir, daemon: None, env };
+        let mut host = Self { dir, daemon: None, env, under: Vec::new() };
         host.start_daemon();
         host
     }
@@ -130,8 +141,10 @@ impl Host {
     /// Starts the daemon (again) and waits until it listens.
     pub fn start_daemon(&mut self) {
         let log = fs::File::options().append(true).create(true).open(self.dir.path().join("daemon.log")).unwrap();
-        let mut child = Command::new(binary())
-            .arg("serve")
+        let mut words: Vec<std::ffi::OsString> = self.under.iter().map(Into::into).collect();
+        words.extend([binary().into(), "serve".into()]);
+        let mut child = Command::new(&words[0])
+            .args(&words[1..])
             .envs(self.environment())
             .envs(self.env.iter().map(|(k, v)| (k, v)))
             .stdin(Stdio::null())

@@ -55,6 +55,7 @@ fn what_cannot_start_says_which_step_failed_and_leaves_the_sandbox_as_it_was() {
         assert!(error["message"].as_str().unwrap().contains(step), "{args:?}: {error}");
         assert!(!error["hint"].as_str().unwrap().is_empty());
     }
+    assert_eq!(host.cli(["exec", "-u", "70000", "a", "--", "true"]).code(), 2, "a usage error");
     let ps = host.cli(["ps", "--json", "a"]).json();
     assert_eq!(ps["processes"].as_array().unwrap().len(), 1, "only init: {ps}");
     assert_eq!(host.cli(["exec", "--json", "nobody", "--", "true"]).error()["code"], "no_sandbox");

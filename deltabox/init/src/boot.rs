@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use deltabox_common::init::Boot;
 use nix::mount::{MntFlags, MsFlags};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType};
 
 use crate::sys;
@@ -67,7 +68,7 @@ pub(crate) fn boot(boot: &Boot, fds: Vec<OwnedFd>) -> Result<(), Failed> {
         Some(mount) => mount,
         None => pseudo(c"sysfs", PSEUDO | attr::RDONLY, &[]).step("mount sysfs")?,
     };
-    let pts_options = [(c"ptmxmode", c"0666"), (c"mode", c"620"), (c"gid", c"5")];
+    let pts_options = [(c"ptmxmode", c"0666"), (c"mode", c"620"), (c"gid", c"5"), (c"max", c"512")];
     let pts = pseudo(c"devpts", attr::NOSUID | attr::NOEXEC, &pts_options).step("mount devpts")?;
     let mqueue = pseudo(c"mqueue", PSEUDO, &[]).step("mount mqueue")?;
 
@@ -97,6 +98,7 @@ pub(crate) fn boot(boot: &Boot, fds: Vec<OwnedFd>) -> Result<(), Failed> {
         raise_loopback().step("raise loopback")?;
     }
     trim_capabilities(boot.caps)?;
+    limit_queues().step("limit queues")?;
     sys::set_filter(&boot.filter).step("install the system call filter")
 }
 
@@ -127,8 +129,13 @@ impl Sysctls {
     fn open(boot: &Boot) -> Result<Self, Failed> {
         // The first two: a second barrier behind the filter, no namespaces can be nested even if a call slipped through.
         // `max_mnt_namespaces` also counts the anonymous namespaces of fsmount and open_tree (ENOSPC, Linux 6.18).
-        let wanted =
-            [("user/max_user_namespaces", 0), ("user/max_mnt_namespaces", 0), ("kernel/pid_max", boot.pid_max)];
+        // Instances of inotify are also charged to the host's root, of whose 128 no single user inside takes all.
+        let wanted = [
+            ("user/max_user_namespaces", 0),
+            ("user/max_mnt_namespaces", 0),
+            ("user/max_inotify_instances", 100),
+            ("kernel/pid_max", boot.pid_max),
+        ];
         let mut files = Vec::new();
         for (name, value) in wanted {
             let path = format!("/proc/sys/{name}");
@@ -185,6 +192,17 @@ fn raise_loopback() -> io::Result<()> {
     // Not std's: that brings the resolver, and with it half of the C library, into a program that wants to be small.
     let socket = nix::sys::socket::socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     sys::loopback_up(socket.as_fd())
+}
+
+/// What the kernel charges to the user who made the namespace, the host's root, beyond this one. Hard limits: nobody
+/// inside can raise them.
+fn limit_queues() -> io::Result<()> {
+    for (resource, most) in [(Resource::RLIMIT_SIGPENDING, 16_384), (Resource::RLIMIT_MSGQUEUE, 409_600)] {
+        let (_, hard) = getrlimit(resource)?;
+        let limit = hard.min(most);
+        setrlimit(resource, limit, limit)?;
+    }
+    Ok(())
 }
 
 /// Only the bounding set shrinks: commands lose the rest at exec. Init itself keeps all, so that no process

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use deltabox_common::init::{Start, Streams};
 use nix::fcntl::OFlag;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid};
 
@@ -49,7 +50,7 @@ pub(crate) struct NotStarted {
 }
 
 /// The steps of the child, in the order of their numbers on the verdict pipe.
-const STEPS: [&str; 7] = ["setsid", "terminal", "standard streams", "setgroups", "setgid", "setuid", "chdir"];
+const STEPS: [&str; 8] = ["setsid", "terminal", "standard streams", "limits", "setgroups", "setgid", "setuid", "chdir"];
 const STEP_EXEC: usize = STEPS.len();
 
 /// The failed step in what the child wrote.
@@ -89,6 +90,11 @@ fn become_program(start: &Start, inner: &Inner, argv: &[CString], envp: &[CStrin
             sys::set_standard_stream(inner.stdin.as_fd(), 0)?;
             sys::set_standard_stream(inner.stdout.as_fd(), 1)?;
             sys::set_standard_stream(inner.stderr.as_fd(), 2)
+        },
+        // The engine has raised its own for its commands' sake; programs expect the usual (select(2) takes no more).
+        &|| {
+            let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+            Ok(setrlimit(Resource::RLIMIT_NOFILE, soft.min(1024), hard)?)
         },
         &|| Ok(nix::unistd::setgroups(&[Gid::from_raw(start.gid)])?),
         &|| {

@@ -160,6 +160,7 @@ pub fn serve(request: &ServeRequest, on_ready: impl FnOnce()) -> Result<(), Serv
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     let unmask = nix::sys::signal::SigSet::empty().thread_set_mask();
     unmask.map_err(|errno| ServeError::Io { op: "unblock signals", source: errno.into() })?;
+    raise_descriptor_limit();
     let patience = if request.ready_fd.is_some() { LOCK_PATIENCE } else { Duration::ZERO };
     let lock = SocketLock::take(&request.place.socket, patience)?;
     make_private_dir(&request.place.store)?;
@@ -189,6 +190,16 @@ pub fn serve(request: &ServeRequest, on_ready: impl FnOnce()) -> Result<(), Serv
     });
     runtime.shutdown_timeout(SHUTDOWN_PATIENCE);
     result
+}
+
+/// Every command costs the daemon up to six descriptors. A limit that cannot be raised is one we live with.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open descriptors stays as it is");
+    }
 }
 
 /// Takes the engine away from requests, ends the sessions, drops the engine.

@@ -8,3 +8,4 @@ pub mod hostbase;
 pub mod imported;
 pub mod layer;
 pub mod overlay;
+pub mod remove;

@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -338,8 +338,12 @@ impl Driver {
     /// Everything that a sandbox without processes no longer has.
     fn bury(&mut self, reason: &str) {
         if let Some(life) = self.life.take() {
-            // Ours to reap only if this engine started it.
-            let _ = process::reap(&life.init);
+            // Usually dead already; needs no descriptor where cgroup.kill could not be opened.
+            let _ = process::pidfd_send_signal(life.init.pidfd.as_fd(), libc::SIGKILL);
+            // Ours to reap only if this engine started it. One that is stuck in the kernel is left to the next start.
+            if wait_readable(life.init.pidfd.as_fd(), KILL_DEADLINE) {
+                let _ = process::reap(&life.init);
+            }
         }
         for (_, pending) in std::mem::take(&mut self.starting) {
             (pending.reply)(Err(Error::Dead { id: self.manifest.id.clone(), reason: reason.to_owned() }));
@@ -411,8 +415,27 @@ impl Driver {
         }
     }
 
+    /// After a restart: takes in what init holds, so that no client is told that its command is unknown. Requests wait
+    /// in the inbox meanwhile. An init that does not answer in time is heard later, like any message.
+    pub(super) fn hear_the_list(&mut self, within: Duration) {
+        let end = Instant::now() + within;
+        loop {
+            let Some(life) = &mut self.life else { return };
+            match life.link.recv(end) {
+                Ok((FromInit::ListEnd, _)) => break,
+                Ok((message, fds)) => self.hear(message, fds),
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                    tracing::warn!(sandbox = %self.manifest.id, "its init does not answer (stopped?); going on");
+                    break;
+                }
+                Err(error) => return self.lost(&error),
+            }
+        }
+        self.show();
+    }
+
     /// Takes what init says.
-    pub(super) fn hear(&mut self, message: FromInit, fds: Vec<OwnedFd>) {
+    fn hear(&mut self, message: FromInit, fds: Vec<OwnedFd>) {
         match message {
             FromInit::Started { seq, pid } => self.started(seq, pid, fds),
             FromInit::StartFailed { seq, step, errno } => {
@@ -540,6 +563,18 @@ fn end(command: &mut Command, exit: Exit) {
     command.exit = Some(exit);
     if let Some(on_exit) = command.client.as_mut().and_then(Option::take) {
         on_exit(exit);
+    }
+}
+
+/// Whether `fd` becomes readable in time (for a pidfd: the process has ended).
+fn wait_readable(fd: BorrowedFd<'_>, within: Duration) -> bool {
+    let end = Instant::now() + within;
+    loop {
+        let left = PollTimeout::try_from(end.saturating_duration_since(Instant::now())).unwrap_or(PollTimeout::MAX);
+        match nix::poll::poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], left) {
+            Err(nix::Error::EINTR) => {}
+            other => return other.is_ok_and(|n| n > 0),
+        }
     }
 }
 

@@ -49,14 +49,21 @@ impl Logs {
     }
 
     /// Appends what comes from `end` (non-blocking) to `path` until its last writer has gone.
+    ///
+    /// # Errors
+    /// The file could not be opened: what comes is read all the same, so that no command blocks, and lost.
     pub(super) fn follow(&self, end: OwnedFd, path: &Path) -> io::Result<()> {
         let flags = libc::O_NOFOLLOW | libc::O_CLOEXEC;
-        let file = OpenOptions::new().append(true).create(true).mode(0o600).custom_flags(flags).open(path)?;
+        let file = OpenOptions::new().append(true).create(true).mode(0o600).custom_flags(flags).open(path);
+        let (file, result) = match file {
+            Ok(file) => (Some(file), Ok(())),
+            Err(error) => (None, Err(error)),
+        };
         *self.lock().entry(path.to_owned()).or_default() += 1;
-        let source = Source { end: end.into(), path: path.to_owned(), file: Some(file) };
+        let source = Source { end: end.into(), path: path.to_owned(), file };
         // The inbox is never closed while the process lives.
         let _ = self.inbox.post(Order::Follow(source));
-        Ok(())
+        result
     }
 
     /// Stops reading what goes to `path`: a client has come back to the terminal. What was read already stays there.

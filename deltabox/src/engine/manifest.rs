@@ -69,7 +69,7 @@ impl Manifest {
             Ok(manifest)
         } else {
             let why = format!("version {} of sandbox.json; this deltabox reads version {VERSION}", manifest.version);
-            Err(io::Error::new(io::ErrorKind::InvalidData, why))
+            Err(io::Error::new(io::ErrorKind::Unsupported, why))
         }
     }
 }

@@ -3,18 +3,18 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use deltabox_common::init::{FromInit, ToInit};
+use deltabox_common::init::ToInit;
 
 use super::create::{drive_to_the_end, register};
 use super::driver::{Life, Mail};
 use super::manifest::Manifest;
-use super::store::REMOVING;
+use super::store::{DAMAGED, REMOVING};
 use super::{Engine, Error};
+use crate::deltafs::remove::remove_tree;
 use crate::sandbox::cgroup::{self, Cgroups};
 use crate::sandbox::link::InitLink;
 use crate::sandbox::{self, SandboxId};
@@ -23,7 +23,8 @@ use crate::sys::process::{self, Child};
 /// How long processes of a half-made sandbox may take to die.
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// How long an init may take to tell what it holds (chosen: it only ever blocks in poll).
+/// How long requests wait for an init to tell what it holds (chosen: it only ever blocks in poll; one that was stopped
+/// by somebody is slow, not dead).
 const LIST_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Goes through the store and the store's cgroups. A sandbox that cannot be recovered never keeps others from it.
@@ -37,7 +38,11 @@ pub(super) fn recover(engine: &Engine) -> Result<(), Error> {
     for entry in fs::read_dir(&sandboxes).map_err(io("list"))? {
         let name = entry.map_err(io("list"))?.file_name().to_string_lossy().into_owned();
         if name.starts_with(REMOVING) {
-            fs::remove_dir_all(sandboxes.join(&name)).map_err(io("finish removing in"))?;
+            let finished = remove_tree(&sandboxes.join(&name));
+            log_failure(&name, "finish its removal", finished.map_err(io("finish removing in")));
+            continue;
+        }
+        if name.starts_with(DAMAGED) {
             continue;
         }
         let Ok(id) = name.parse::<SandboxId>() else {
@@ -47,13 +52,17 @@ pub(super) fn recover(engine: &Engine) -> Result<(), Error> {
         match Manifest::load(engine.0.store.sandbox(&id).path()) {
             Ok(manifest) => {
                 frames.extend(manifest.frame.clone());
-                take_up(engine, manifest)?;
+                log_failure(&name, "take it up", take_up(engine, manifest));
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 tracing::info!(sandbox = name, "cleaning up: half made");
-                clean(engine, &id)?;
+                log_failure(&name, "clean it up", clean(engine, &id));
             }
-            // Somebody else's format or a damaged disk: not ours to delete.
+            Err(error) if error.kind() != io::ErrorKind::Unsupported => {
+                tracing::error!(sandbox = name, %error, "damaged: its manifest cannot be read; set aside");
+                log_failure(&name, "set it aside", set_aside(engine, &id));
+            }
+            // A later deltabox's: not ours to touch.
             Err(error) => tracing::error!(sandbox = name, %error, "left alone: its manifest cannot be read"),
         }
     }
@@ -61,35 +70,39 @@ pub(super) fn recover(engine: &Engine) -> Result<(), Error> {
     clean_frames(&engine.0.store.frames(), &frames)
 }
 
+/// One sandbox's trouble is its own: the others are recovered all the same, and the next start tries again.
+fn log_failure(sandbox: &str, what: &'static str, result: Result<(), Error>) {
+    if let Err(error) = result {
+        tracing::error!(sandbox, %error, "failed to {what}");
+    }
+}
+
 /// A sandbox on record: its init still runs, or it is dead.
 fn take_up(engine: &Engine, manifest: Manifest) -> Result<(), Error> {
     let id = manifest.id.clone();
     let listener = engine.0.store.sandbox(&id).listener();
-    let (life, held) = match reach(&manifest, &listener) {
-        Ok((life, held)) => (Some(life), held),
+    let life = match reach(&manifest, &listener) {
+        Ok(life) => Some(life),
         Err(error) => {
             tracing::warn!(sandbox = %id, %error, "dead");
             // What is left of it (init gone, others not yet) goes as well.
             manifest.cgroups.kill(None, DEADLINE)?;
-            (None, Vec::new())
+            None
         }
     };
     let io = |source| Error::Io { op: "recover", path: listener.clone(), source };
     let mail = Arc::new(Mail::new().map_err(|errno| io(errno.into()))?);
     let mut driver = register(engine, manifest, life, mail);
-    for (message, fds) in held {
-        driver.hear(message, fds);
-    }
     let (engine, name) = (engine.clone(), id.clone());
-    let drive = move || drive_to_the_end(&engine, &name, driver);
+    let drive = move || {
+        driver.hear_the_list(LIST_DEADLINE);
+        drive_to_the_end(&engine, &name, driver);
+    };
     std::thread::Builder::new().name(format!("sb-{id}")).spawn(drive).map(drop).map_err(io)
 }
 
-/// What init told of the commands it holds.
-type Held = Vec<(FromInit, Vec<OwnedFd>)>;
-
-/// Connects to a sandbox's init and asks what it holds, so that no client is told that its command is unknown.
-fn reach(manifest: &Manifest, listener: &Path) -> io::Result<(Life, Held)> {
+/// Connects to a sandbox's init and asks what it holds.
+fn reach(manifest: &Manifest, listener: &Path) -> io::Result<Life> {
     let gone = || io::Error::new(io::ErrorKind::NotFound, "its init is gone");
     let pidfd = process::pidfd_open(manifest.init.pid).map_err(|_| gone())?;
     // After the pidfd is open, so that the process checked is the process held.
@@ -98,26 +111,30 @@ fn reach(manifest: &Manifest, listener: &Path) -> io::Result<(Life, Held)> {
     }
     let mut link = InitLink::new(sandbox::connect_at(listener)?)?;
     link.send(&ToInit::List, &[])?;
-    let end = Instant::now() + LIST_DEADLINE;
-    let mut held = Vec::new();
-    loop {
-        match link.recv(end)? {
-            (FromInit::ListEnd, _) => break,
-            other => held.push(other),
-        }
-    }
-    Ok((Life { init: Child { pid: manifest.init.pid, pidfd }, link }, held))
+    Ok(Life { init: Child { pid: manifest.init.pid, pidfd }, link })
+}
+
+/// Ends what runs of a sandbox whose manifest is damaged, and frees its name. Its files are kept for a human.
+fn set_aside(engine: &Engine, id: &SandboxId) -> Result<(), Error> {
+    clean_cgroups_of(engine, id)?;
+    let dir = engine.0.store.sandbox(id);
+    let aside = dir.path().with_file_name(format!("{DAMAGED}{id}-{}", super::unix_ms()));
+    fs::rename(dir.path(), aside).map_err(|source| Error::Io { op: "rename", path: dir.path().to_owned(), source })
 }
 
 fn clean(engine: &Engine, id: &SandboxId) -> Result<(), Error> {
+    clean_cgroups_of(engine, id)?;
+    let dir = engine.0.store.sandbox(id);
+    dir.remove().map_err(|source| Error::Io { op: "remove", path: dir.path().to_owned(), source })
+}
+
+fn clean_cgroups_of(engine: &Engine, id: &SandboxId) -> Result<(), Error> {
     let tag = engine.0.store.tag();
     let unified = cgroup::store_group(&engine.0.hosts.unified, tag).join(id.as_str());
     let v1 = engine.0.hosts.v1.values().map(|root| cgroup::store_group(root, tag).join(id.as_str())).collect();
     let cgroups = Cgroups { unified, v1 };
     cgroups.kill(None, DEADLINE)?;
-    cgroups.remove()?;
-    let dir = engine.0.store.sandbox(id);
-    dir.remove().map_err(|source| Error::Io { op: "remove", path: dir.path().to_owned(), source })
+    Ok(cgroups.remove()?)
 }
 
 /// Groups that no sandbox on record owns.
@@ -132,7 +149,7 @@ fn clean_cgroups(engine: &Engine) -> Result<(), Error> {
         if let Ok(id) = name.parse::<SandboxId>()
             && !engine.0.store.sandbox(&id).path().exists()
         {
-            clean(engine, &id)?;
+            log_failure(&name, "clean up its cgroups", clean(engine, &id));
         }
     }
     Ok(())

@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{Flock, FlockArg};
 
 use super::Error;
+use crate::deltafs::remove::remove_tree;
 use crate::sandbox::SandboxId;
 
 /// An open store.
@@ -104,6 +105,9 @@ pub(super) fn random_hex(n_bytes: usize) -> io::Result<String> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
+/// Directories with this prefix had a manifest that could not be read; a human may look, nothing uses them.
+pub(super) const DAMAGED: &str = ".damaged-";
+
 /// The directory of one sandbox.
 #[derive(Clone, Debug)]
 pub(super) struct SandboxDir(PathBuf);
@@ -147,13 +151,12 @@ impl SandboxDir {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             // One of an earlier removal that was cut short.
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTEMPTY | libc::EEXIST)) => {
-                fs::remove_dir_all(&doomed)?;
+                remove_tree(&doomed)?;
                 fs::rename(&self.0, &doomed)?;
             }
             other => other?,
         }
         crate::fault::point("remove.delete")?;
-        // std walks by descriptors and never follows a symbolic link.
-        fs::remove_dir_all(&doomed)
+        remove_tree(&doomed)
     }
 }

@@ -108,7 +108,10 @@ pub fn spawn(parts: Parts<'_>, span: &mut Span) -> Result<Spawned, SpawnError> {
 
     let program = init_program().map_err(call("prepare init"))?;
     let request = CloneRequest { namespaces: namespaces(parts.net), cgroup: Some(live.as_fd()), set_tid: None };
-    let fds = [(theirs.as_fd(), 3), (listener.as_fd(), 4)];
+    // Init outlives this engine and must keep nothing of its terminal or log.
+    let null = File::options().read(true).write(true).open("/dev/null").map_err(call("open /dev/null"))?;
+    let null = null.as_fd();
+    let fds = [(null, 0), (null, 1), (null, 2), (theirs.as_fd(), 3), (listener.as_fd(), 4)];
     let program = Program { file: program, argv: &[c"deltabox-init"], envp: &[], fds: &fds };
     let init = process::clone_and_exec(request, gate.as_fd(), &program).map_err(call("clone3 with new namespaces"))?;
     drop((theirs, gate));

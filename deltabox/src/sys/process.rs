@@ -147,7 +147,7 @@ pub fn clone_and_exec(request: CloneRequest<'_>, gate: BorrowedFd<'_>, program: 
     let envp: Vec<Option<&CStr>> = program.envp.iter().copied().map(Some).chain([None]).collect();
     let mut high: Vec<(RawFd, RawFd)> = program.fds.iter().map(|(fd, number)| (fd.as_raw_fd(), *number)).collect();
     let (gate, file) = (gate.as_raw_fd(), program.file.as_raw_fd());
-    let mut kept: Vec<RawFd> = high.iter().map(|(source, _)| *source).chain([0, 1, 2, gate, file]).collect();
+    let mut kept: Vec<RawFd> = high.iter().map(|(source, _)| *source).chain([gate, file]).collect();
     kept.sort_unstable();
     let child = || {
         // Before anything that waits: it is a copy of the caller with all its descriptors, the gate's other end, locks and

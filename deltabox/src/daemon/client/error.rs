@@ -89,10 +89,11 @@ pub enum ClientError {
 }
 
 impl ClientError {
-    /// What the program exits with: 3 refused, 125 engine unreachable, else 1.
+    /// What the program exits with: 2 a request that makes no sense, 3 refused, 125 engine unreachable, else 1.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Answer { status: 422, .. } => 3,
+            Self::Answer { error, .. } if error.code == "invalid" => 2,
             Self::Answer { .. } | Self::Local { .. } => 1,
             Self::Connect { .. }
             | Self::Start { .. }
