@@ -356,6 +356,7 @@ fn engine_that_will_be_killed() {
     };
     let pid: libc::pid_t = pid.parse().expect("a pid");
     let mut first = true;
+    println!("engine begins");
     loop {
         let request =
             Request { group: Path::new(&group), excluded: &[], deadline: Instant::now() + Duration::from_secs(20) };
@@ -394,14 +395,13 @@ fn survives_engines(name: &str, mode: &str, fresh: bool) {
             .spawn()
             .expect("start an engine");
         let mut lines = BufReader::new(engine.stdout.take().expect("its output")).lines();
-        if !fresh {
-            let works = lines.by_ref().map_while(Result::ok).any(|line| line.contains("engine works"));
-            assert!(works, "the engine does not work in round {round}");
-        }
+        let sign = if fresh { "engine begins" } else { "engine works" };
+        let works = lines.by_ref().map_while(Result::ok).any(|line| line.contains(sign));
+        assert!(works, "the engine does not work in round {round}");
         // Any moment of a few milliseconds: busy, because a sleep ends at the timer's moments.
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let span_us = if fresh { 6000 } else { 1000 };
-        let end = Instant::now() + Duration::from_micros((random >> 33) % span_us);
+        const SPAN_US: u64 = 1000;
+        let end = Instant::now() + Duration::from_micros((random >> 33) % SPAN_US);
         while Instant::now() < end {
             std::hint::spin_loop();
         }
@@ -436,4 +436,51 @@ fn calls_with_timeouts_survive_killed_engines() {
 #[test]
 fn running_code_survives_engines_killed_at_their_first_steps() {
     survives_engines("spins", "", true);
+}
+
+/// Not a test: prints the numbers of docs/stop-and-inject.md. Run with `--release --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn measure() {
+    fn show(what: &str, mut times: Vec<Duration>) {
+        times.sort_unstable();
+        let at = |part: usize| times[(times.len() * part / 100).min(times.len() - 1)].as_nanos() / 100;
+        let us = |tenths: u128| format!("{}.{}", tenths / 10, tenths % 10);
+        println!("{what:40} p50 {:>8} us  p99 {:>8} us  n {}", us(at(50)), us(at(99)), times.len());
+    }
+    for (mode, n_threads) in [("read", 2), ("idle4", 4), ("idle32", 32)] {
+        let target = Target::start("waits", mode);
+        let (mut whole, mut inside) = (Vec::new(), Vec::new());
+        for _ in 0..1000 {
+            let begin = Instant::now();
+            let stopped = target.group.stopped(|stopped| {
+                assert_eq!(stopped.n_threads(), n_threads);
+                Instant::now()
+            });
+            inside.push(stopped - begin);
+            whole.push(begin.elapsed());
+        }
+        show(&format!("thread start + stop, {n_threads} threads"), inside);
+        show("the same + resume + thread end", whole);
+    }
+    let target = Target::start("waits", "read");
+    let pid = target.pid();
+    let (mut open, mut one, mut many) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..1000 {
+        target.group.stopped(|stopped| {
+            let begin = Instant::now();
+            let mut hand = stopped.hand(pid).expect("a hand");
+            open.push(begin.elapsed());
+            let call = Call { nr: libc::SYS_getpid, args: [0; 6] };
+            let begin = Instant::now();
+            hand.run(&[call]).expect("a call");
+            one.push(begin.elapsed());
+            let begin = Instant::now();
+            hand.run(&[call; 64]).expect("calls");
+            many.push(begin.elapsed());
+        });
+    }
+    show("hand", open);
+    show("one call", one);
+    show("64 calls", many);
 }

@@ -22,7 +22,7 @@ use std::os::unix::fs::FileExt;
 use libc::pid_t;
 
 use super::frame::{AREA_XSTATE, XSTATE_MAX_BYTES};
-use crate::sys::blob::{self, AREA_BYTES, N_SLOTS};
+use crate::sys::blob::{self, AREA_BYTES, AREA_SLOTS, N_SLOTS};
 
 /// The calls of a batch.
 pub(super) const CALLS: usize = AREA_XSTATE + XSTATE_MAX_BYTES;
@@ -65,9 +65,9 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// Finds it; `None` if there is no vdso, or no room left in it.
-    pub(super) fn find(pid: pid_t, memory: &Memory) -> io::Result<Option<Self>> {
-        let auxv = std::fs::read(format!("/proc/{pid}/auxv"))?;
+    /// Finds it; `None` if there is no vdso, or no room left in it. By a living thread: a leader may have ended.
+    pub(super) fn find(pid: pid_t, tid: pid_t, memory: &Memory) -> io::Result<Option<Self>> {
+        let auxv = std::fs::read(format!("/proc/{pid}/task/{tid}/auxv"))?;
         let Some(vdso) = parse_vdso(&auxv) else { return Ok(None) };
         let mut header = [0; 64];
         if memory.read(vdso, &mut header).is_err() {
@@ -82,6 +82,12 @@ impl Place {
         }
         let free = len_bytes.next_multiple_of(PAGE_BYTES) - len_bytes >= need && tail.iter().all(|byte| *byte == 0);
         Ok((free || tail.starts_with(MAGIC)).then_some(Self { start }))
+    }
+
+    /// Whether an instruction is in injected code, here or in `area`.
+    pub(super) fn is_injected(self, area: Option<u64>, rip: u64) -> bool {
+        rip.wrapping_sub(self.start) < place_bytes() as u64
+            || area.is_some_and(|area| rip.wrapping_sub(area) < AREA_SLOTS as u64)
     }
 
     /// Where execution of the boot code starts.

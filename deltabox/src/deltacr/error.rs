@@ -119,6 +119,9 @@ pub enum InjectError {
         /// Which call of the batch; those before it were made.
         index: usize,
     },
+    /// A thread is still in injected code of an engine that died, and does not come out of it.
+    #[error("leave what an engine that died injected: {0}")]
+    Orphan(#[source] StopError),
     /// The kernel denied the engine a step.
     #[error("{op} thread {tid} of process {pid}: {source}")]
     Thread {

@@ -31,7 +31,7 @@ use super::area::{CALL_BYTES, CALLS, Memory, N_CALLS, Place, SCRATCH};
 use super::error::{InjectError, InjectRefusal};
 use super::frame::{self, AREA_XSTATE, XSTATE_MAX_BYTES};
 use super::interrupted::{self, GoOn};
-use super::stop::Stopped;
+use super::stop::{Stopped, Thread};
 use super::tasks;
 use crate::sys::blob::{AREA_BYTES, AREA_CONTEXT, AREA_SLOTS};
 use crate::sys::ptrace::{
@@ -70,31 +70,32 @@ pub struct Hand<'a> {
 
 impl<'a> Hand<'a> {
     pub(super) fn open(stopped: &'a mut Stopped, pid: pid_t) -> Result<Self, InjectError> {
-        let thread = stopped
-            .processes()
-            .iter()
-            .find(|process| process.pid == pid)
-            .and_then(|process| process.threads.first())
-            .copied()
-            .ok_or(InjectRefusal::NotStopped { pid })?;
+        let thread = first_thread(stopped, pid)?;
         let tid = thread.tid;
         let failed = |op: &'static str| move |source: io::Error| thread_error(op, pid, tid, source);
         // The selector of 64-bit code (__USER_CS).
         if thread.registers.cs != 0x33 {
             return Err(InjectRefusal::ForeignArchitecture { pid }.into());
         }
+        let memory = Memory::open(pid, tid).map_err(failed("open the memory of"))?;
+        let place = Place::find(pid, tid, &memory)
+            .map_err(failed("read the vdso of"))?
+            .ok_or(InjectRefusal::NoPlace { pid })?;
+        let area = place.recorded(&memory).map_err(failed("read the vdso of"))?;
+        stopped.finish_orphans(pid, |rip| place.is_injected(area, rip)).map_err(InjectError::Orphan)?;
         let stat =
             tasks::read_stat(pid, tid).map_err(failed("read the state of"))?.ok_or(InjectError::Gone { pid, tid })?;
         let marker = choose_marker(&stat).ok_or(InjectRefusal::NoMarker { pid })?;
         let mask = get_signal_mask(tid).map_err(failed("read the signal mask of"))?;
-        let memory = Memory::open(pid, tid).map_err(failed("open the memory of"))?;
-        let mut own = thread.registers;
+        let mut own = first_thread(stopped, pid)?.registers;
         own.rip = leave_critical_section(&memory, tid, &own).map_err(failed("read the rseq area of"))?;
-        let mut hand =
-            Self { stopped, pid, tid, memory, own, mask, marker, area: 0, affinity: pin_to(stat.cpu), closed: false };
-        hand.stopped.keep_registers(tid, own);
+        stopped.keep_registers(tid, own);
+        let affinity = pin_to(stat.cpu);
+        let mut hand = Self { stopped, pid, tid, memory, own, mask, marker, area: 0, affinity, closed: false };
         hand.set_filter_suspended(true)?;
-        hand.enter()?;
+        // An orphan in boot code has unmapped what it made.
+        let area = place.recorded(&hand.memory).map_err(failed("read the vdso of"))?;
+        hand.enter(place, area)?;
         Ok(hand)
     }
 
@@ -179,13 +180,9 @@ impl<'a> Hand<'a> {
     }
 
     /// Finds or makes the area and puts the way back into it.
-    fn enter(&mut self) -> Result<(), InjectError> {
+    fn enter(&mut self, place: Place, recorded: Option<u64>) -> Result<(), InjectError> {
         let pid = self.pid;
         let (back, how) = interrupted::restarted(&self.own);
-        let place = Place::find(pid, &self.memory)
-            .map_err(|source| self.error("read the vdso of", source))?
-            .ok_or(InjectRefusal::NoPlace { pid })?;
-        let recorded = place.recorded(&self.memory).map_err(|source| self.error("read the vdso of", source))?;
         let mut fresh = None;
         self.area = match recorded {
             Some(area) => area,
@@ -306,6 +303,11 @@ impl Drop for Hand<'_> {
         // A failure means that the thread is dead.
         let _ = self.leave();
     }
+}
+
+fn first_thread(stopped: &Stopped, pid: pid_t) -> Result<Thread, InjectRefusal> {
+    let process = stopped.processes().iter().find(|process| process.pid == pid);
+    process.and_then(|process| process.threads.first()).copied().ok_or(InjectRefusal::NotStopped { pid })
 }
 
 fn thread_error(op: &'static str, pid: pid_t, tid: pid_t, source: io::Error) -> InjectError {

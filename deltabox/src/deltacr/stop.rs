@@ -33,6 +33,8 @@ use crate::sys::ptrace::{resume, wait_thread};
 const PATIENCE: Duration = Duration::from_millis(2);
 /// How often it is looked at again, and the deadline (chosen).
 const TICK: Duration = Duration::from_millis(1);
+/// How long an orphan may take to find its way out of injected code (chosen: it needs microseconds).
+const ORPHAN_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What to stop.
 #[derive(Clone, Copy, Debug)]
@@ -124,6 +126,37 @@ impl Stopped {
     /// Lets all go on. Also happens on drop.
     pub fn resume(self) {
         drop(self);
+    }
+
+    /// Lets the threads of `pid` that are in injected code of an engine that died run until they are out of it: what
+    /// they need for that would be overwritten. The others stay stopped.
+    pub(super) fn finish_orphans(&mut self, pid: pid_t, is_injected: impl Fn(u64) -> bool) -> Result<(), StopError> {
+        let deadline = Instant::now() + ORPHAN_PATIENCE;
+        let failed = |op: &'static str, tid| move |source: io::Error| StopError::Thread { op, pid, tid, source };
+        let Some(process) = self.processes.iter_mut().find(|process| process.pid == pid) else { return Ok(()) };
+        for thread in process.threads.iter_mut().filter(|thread| is_injected(thread.registers.rip)) {
+            let tid = thread.tid;
+            while is_injected(thread.registers.rip) {
+                resume(tid, 0).map_err(failed("resume", tid))?;
+                thread.halted = false;
+                // Its turn, should it be on this CPU: microseconds are all it needs.
+                std::thread::yield_now();
+                interrupt(pid, tid)?;
+                self.alarm.arm(PATIENCE, TICK).map_err(failed("time", tid))?;
+                let halt = wait_halt(pid, tid, deadline);
+                self.alarm.disarm().map_err(failed("time", tid))?;
+                match halt? {
+                    Halt::Halted { .. } => thread.halted = true,
+                    Halt::Ended => return Err(failed("wait for", tid)(io::Error::from_raw_os_error(libc::ESRCH))),
+                    Halt::Stuck => return Err(refuse(pid, tid).into()),
+                }
+                if Instant::now() >= deadline {
+                    return Err(refuse(pid, tid).into());
+                }
+                read_thread(thread).map_err(|error| failed("read registers of", tid)(error.into()))?;
+            }
+        }
+        Ok(())
     }
 
     /// Remembers registers that differ from those at the stop: a later hand must start from them.

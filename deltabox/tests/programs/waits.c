@@ -136,7 +136,6 @@ int main(int n, char **args) {
         printf("%d\n", (int)n_handled); fflush(stdout);
         return 0;
     }
-    if (is("filtered")) deny_mmap();
     if (is("traced")) {
         pid_t p = fork();
         if (p == 0) { ptrace(PTRACE_TRACEME, 0, 0, 0); raise(SIGSTOP); _exit(9); }
@@ -196,6 +195,7 @@ int main(int n, char **args) {
     if (is("wait4") && (child_pid = fork()) == 0) for (;;) pause();
     pthread_create(&thread, NULL, listen_for_event, NULL);
     while (!flag) {}
+    if (is("filtered")) deny_mmap();  // of this thread only: the other needed a stack
     printf("ready\n"); fflush(stdout);
 
     if (is("read") || is("filtered")) done(read(pair[0], &byte, 1) == 1 && (is("read") || mmap_denied()), "read");
