@@ -49,6 +49,9 @@ pub struct Request<'a> {
 
 /// Stops the group, does `work` on it, lets it go on. `work` runs on a thread of its own, the tracer.
 ///
+/// A child of this very process that ends during the stop is reaped by it, and its exit status lost: exclude children,
+/// or let another process (init) be the parent.
+///
 /// # Errors
 /// All processes run on, unchanged but for this: an `epoll_wait` that the stop interrupted starts its timeout over.
 pub fn while_stopped<R, F>(request: Request<'_>, work: F) -> Result<R, StopError>
