@@ -1,10 +1,11 @@
 //! deltabox: checkpoint, roll back and fork whole agent sandboxes.
 //!
 //! `ARCHITECTURE.md` beside this crate has the bird's eye view, the words and the code map.
-//! Imports only go down: cli, daemon -> engine -> deltafs -> sandbox -> kernel, fault -> sys.
+//! Imports only go down: cli, daemon -> engine -> deltafs, deltacr -> sandbox -> kernel, fault -> sys.
 
 pub mod cli;
 pub mod daemon;
+pub mod deltacr;
 pub mod deltafs;
 pub mod engine;
 pub mod fault;

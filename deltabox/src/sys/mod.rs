@@ -4,6 +4,7 @@
 //! or borrowed descriptors. What nix or std offer safely is not wrapped again here.
 #![expect(unsafe_code, reason = "system calls without a safe wrapper in std or nix; tidy keeps them in this directory")]
 
+pub mod blob;
 pub mod bpf;
 pub mod fs;
 pub mod memory;

@@ -50,3 +50,75 @@ pub fn same_description(a: (libc::pid_t, RawFd), b: (libc::pid_t, RawFd)) -> io:
     let order = check(unsafe { libc::syscall(libc::SYS_kcmp, a.0, b.0, KCMP_FILE, a.1, b.1) })?;
     Ok(order == 0)
 }
+
+/// Lets a stopped tracee run on, with `signal` (0 for none) in place of the one it stopped for.
+///
+/// nix's `cont` knows no real-time signals.
+pub fn resume(thread: libc::pid_t, signal: libc::c_int) -> io::Result<()> {
+    // SAFETY: no pointers: the address is ignored, the data is a number.
+    check(unsafe { libc::syscall(libc::SYS_ptrace, libc::PTRACE_CONT, thread, 0, libc::c_long::from(signal)) })
+        .map(drop)
+}
+
+/// The signals that a stopped tracee blocks, bit `n - 1` for signal `n`. In sigsuspend, ppoll, pselect and
+/// epoll_pwait the mask that will hold after the call.
+pub fn get_signal_mask(thread: libc::pid_t) -> io::Result<u64> {
+    let mut mask = 0_u64;
+    // SAFETY: the kernel writes the 8 bytes told.
+    check(unsafe { libc::syscall(libc::SYS_ptrace, libc::PTRACE_GETSIGMASK, thread, 8, &raw mut mask) })?;
+    Ok(mask)
+}
+
+/// Sets the signals that a stopped tracee blocks (SIGKILL and SIGSTOP stay unblocked).
+pub fn set_signal_mask(thread: libc::pid_t, mask: u64) -> io::Result<()> {
+    // SAFETY: the kernel reads the 8 bytes told.
+    check(unsafe { libc::syscall(libc::SYS_ptrace, libc::PTRACE_SETSIGMASK, thread, 8, &raw const mask) }).map(drop)
+}
+
+/// A stopped tracee's extended registers in the XSAVE standard format; the number of bytes filled.
+pub fn get_xstate(thread: libc::pid_t, buffer: &mut [u8]) -> io::Result<usize> {
+    const NT_X86_XSTATE: libc::c_long = 0x202;
+    let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // SAFETY: the kernel writes at most the buffer's length and sets the iovec's length to what it wrote.
+    check(unsafe { libc::syscall(libc::SYS_ptrace, libc::PTRACE_GETREGSET, thread, NT_X86_XSTATE, &raw mut part) })?;
+    Ok(part.iov_len)
+}
+
+/// Waits for a tracee or child of this OS thread to stop or end; its raw status. Fails with EINTR at a signal, with
+/// ECHILD if there is no such tracee (any more).
+pub fn wait_thread(thread: libc::pid_t, flags: libc::c_int) -> io::Result<Option<libc::c_int>> {
+    let mut status = 0;
+    let flags = flags | libc::__WALL | libc::__WNOTHREAD;
+    // SAFETY: `status` outlives the call.
+    let found = check(unsafe { libc::waitpid(thread, &raw mut status, flags) }.into())?;
+    Ok((found != 0).then_some(status))
+}
+
+/// Queues `signal` with `value` for one thread, as sigqueue(3) does for a process.
+pub fn queue_signal(process: libc::pid_t, thread: libc::pid_t, signal: libc::c_int, value: u32) -> io::Result<()> {
+    /// The kernel's `siginfo_t` as far as SI_QUEUE uses it.
+    #[repr(C)]
+    struct Queued {
+        signo: libc::c_int,
+        errno: libc::c_int,
+        code: libc::c_int,
+        pad: libc::c_int,
+        pid: libc::pid_t,
+        uid: libc::uid_t,
+        value: u64,
+        rest: [u64; 12],
+    }
+    const _: () = assert!(size_of::<Queued>() == 128, "siginfo_t has 128 bytes");
+    let info = Queued {
+        signo: signal,
+        errno: 0,
+        code: libc::SI_QUEUE,
+        pad: 0,
+        pid: 0,
+        uid: 0,
+        value: value.into(),
+        rest: [0; 12],
+    };
+    // SAFETY: `info` is a whole siginfo_t.
+    check(unsafe { libc::syscall(libc::SYS_rt_tgsigqueueinfo, process, thread, signal, &raw const info) }).map(drop)
+}

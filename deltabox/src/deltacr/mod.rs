@@ -1,0 +1,14 @@
+//! Processes: stop all threads of a sandbox, run system calls inside them, let them go on as if nothing had happened.
+//!
+//! `docs/stop-and-inject.md` has the pictures.
+
+mod alarm;
+mod area;
+mod error;
+mod frame;
+pub mod inject;
+mod interrupted;
+pub mod stop;
+mod tasks;
+
+pub use error::{InjectError, InjectRefusal, StopError, StopRefusal};

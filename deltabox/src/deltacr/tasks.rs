@@ -1,0 +1,128 @@
+//! What the kernel tells about processes and threads in `/proc` and cgroups.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use libc::pid_t;
+
+/// The fields of `/proc/PID/task/TID/stat` that matter here. Signal sets hold signals 1 to 31, bit `n - 1`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stat {
+    /// The state's letter.
+    pub(super) state: char,
+    /// Pending for this thread alone.
+    pub(super) pending: u64,
+    /// With disposition "ignore".
+    pub(super) ignored: u64,
+    /// With a handler.
+    pub(super) caught: u64,
+    /// The CPU it ran on last.
+    pub(super) cpu: usize,
+}
+
+/// Parses a line of `stat`; the name in it may hold anything, brackets too.
+fn parse_stat(text: &str) -> Option<Stat> {
+    let rest = &text[text.rfind(')')? + 1..];
+    // The third field of proc_pid_stat(5) is the first here.
+    let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
+    let field = |number: usize| fields.get(number - 3).copied();
+    Some(Stat {
+        state: field(3)?.chars().next()?,
+        pending: field(31)?.parse().ok()?,
+        ignored: field(33)?.parse().ok()?,
+        caught: field(34)?.parse().ok()?,
+        cpu: field(39)?.parse().ok()?,
+    })
+}
+
+fn none_if_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// `stat` of a thread, `None` if there is none.
+pub(super) fn read_stat(pid: pid_t, tid: pid_t) -> io::Result<Option<Stat>> {
+    let Some(text) = none_if_gone(fs::read(format!("/proc/{pid}/task/{tid}/stat")))? else { return Ok(None) };
+    let text = String::from_utf8_lossy(&text);
+    parse_stat(&text).map(Some).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not a stat line"))
+}
+
+/// Who traces a thread, 0 for nobody.
+pub(super) fn read_tracer(pid: pid_t, tid: pid_t) -> io::Result<Option<pid_t>> {
+    let Some(text) = none_if_gone(fs::read(format!("/proc/{pid}/task/{tid}/status")))? else { return Ok(None) };
+    let text = String::from_utf8_lossy(&text);
+    Ok(text.lines().find_map(|line| line.strip_prefix("TracerPid:")?.trim().parse().ok()))
+}
+
+/// The processes of a cgroup, host PIDs.
+pub(super) fn scan_group(procs: &Path) -> io::Result<Vec<pid_t>> {
+    let text = fs::read_to_string(procs)?;
+    Ok(text.lines().filter_map(|line| line.parse().ok()).collect())
+}
+
+/// The threads of a process, the leader first; none if it is gone.
+pub(super) fn scan_threads(pid: pid_t) -> io::Result<Vec<pid_t>> {
+    let Some(entries) = none_if_gone(fs::read_dir(format!("/proc/{pid}/task")))? else { return Ok(Vec::new()) };
+    let mut threads = Vec::new();
+    for entry in entries {
+        let Some(entry) = none_if_gone(entry)? else { break };
+        threads.extend(entry.file_name().to_str().and_then(|name| name.parse::<pid_t>().ok()));
+    }
+    Ok(threads)
+}
+
+/// What a thread that does not stop is doing: system call number (-1 unknown), its first argument, kernel function.
+pub(super) fn read_whereabouts(pid: pid_t, tid: pid_t) -> (i64, u64, String) {
+    let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/task/{tid}/{name}")).unwrap_or_default();
+    let call = read("syscall");
+    let mut words = call.split_ascii_whitespace();
+    let number = words.next().and_then(|word| word.parse().ok()).unwrap_or(-1);
+    let first = words.next().and_then(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok());
+    (number, first.unwrap_or(0), read("wchan"))
+}
+
+/// Whether a thread in an uninterruptible sleep in this call waits for a vfork child.
+pub(super) fn waits_for_vfork(call: i64, first_argument: u64) -> bool {
+    match call {
+        libc::SYS_vfork => true,
+        libc::SYS_clone => first_argument & libc::CLONE_VFORK.cast_unsigned() as u64 != 0,
+        // Its flags lie in memory; it sleeps so for nothing else.
+        libc::SYS_clone3 => true,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LINE: &str = "77 (a) b) S 1 77 77 0 -1 4194560 100 0 0 0 1 2 0 0 20 0 3 0 100 4096 10 18446744073709551615 1 \
+        1 0 0 0 4 0 4096 65536 0 0 0 17 1 0 0 0 0 0 0 0 0 0 0 0 0 0\n";
+
+    #[test]
+    fn a_stat_line_with_brackets_in_the_name_is_read() {
+        let expected = Stat { state: 'S', pending: 4, ignored: 4096, caught: 65536, cpu: 1 };
+        assert_eq!(parse_stat(LINE), Some(expected));
+    }
+
+    #[test]
+    fn a_cut_stat_line_is_refused() {
+        let end = LINE.rfind("17 1").expect("the exit signal");
+        for len in 0..end {
+            assert_eq!(parse_stat(&LINE[..len]), None, "cut at {len}");
+        }
+    }
+
+    #[test]
+    fn a_vfork_is_known_by_its_call() {
+        assert!(waits_for_vfork(libc::SYS_vfork, 0));
+        assert!(waits_for_vfork(libc::SYS_clone, 0x4111));
+        assert!(!waits_for_vfork(libc::SYS_clone, 0x11));
+        assert!(!waits_for_vfork(libc::SYS_read, 0x4111));
+    }
+}
