@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -26,9 +26,9 @@ use super::command::{self, Command, OnExit, Tag};
 use super::inbox::Inbox;
 use super::logs::Logs;
 use super::manifest::Manifest;
-use super::request;
 use super::store::SandboxDir;
 use super::{Error, unix_ms};
+use super::{ready, request};
 use crate::latency::{Book, Phase, Span};
 use crate::sandbox::link::InitLink;
 use crate::sys::process::{self, Child};
@@ -320,7 +320,7 @@ impl Driver {
     /// The command has ended and its client has all it wants: what background processes still print goes to the log.
     fn forget(&mut self, pid: u32) {
         if let Some(command) = self.commands.get_mut(&pid) {
-            command.ends.outer.retain(may_still_print);
+            command.ends.outer.retain(ready::may_still_print);
         }
         self.empty_into_log(pid);
         self.commands.remove(&pid);
@@ -341,7 +341,7 @@ impl Driver {
             // Usually dead already; needs no descriptor where cgroup.kill could not be opened.
             let _ = process::pidfd_send_signal(life.init.pidfd.as_fd(), libc::SIGKILL);
             // Ours to reap only if this engine started it. One that is stuck in the kernel is left to the next start.
-            if wait_readable(life.init.pidfd.as_fd(), KILL_DEADLINE) {
+            if ready::wait_readable(life.init.pidfd.as_fd(), KILL_DEADLINE) {
                 let _ = process::reap(&life.init);
             }
         }
@@ -563,30 +563,6 @@ fn end(command: &mut Command, exit: Exit) {
     command.exit = Some(exit);
     if let Some(on_exit) = command.client.as_mut().and_then(Option::take) {
         on_exit(exit);
-    }
-}
-
-/// Whether `fd` becomes readable in time (for a pidfd: the process has ended).
-fn wait_readable(fd: BorrowedFd<'_>, within: Duration) -> bool {
-    let end = Instant::now() + within;
-    loop {
-        let left = PollTimeout::try_from(end.saturating_duration_since(Instant::now())).unwrap_or(PollTimeout::MAX);
-        match nix::poll::poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], left) {
-            Err(nix::Error::EINTR) => {}
-            other => return other.is_ok_and(|n| n > 0),
-        }
-    }
-}
-
-/// Whether something is there to read or a writer is left.
-fn may_still_print(end: &OwnedFd) -> bool {
-    let mut fds = [PollFd::new(end.as_fd(), PollFlags::POLLIN)];
-    match nix::poll::poll(&mut fds, PollTimeout::ZERO) {
-        Ok(_) => {
-            let events = fds[0].revents().unwrap_or(PollFlags::empty());
-            events.contains(PollFlags::POLLIN) || !events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR)
-        }
-        Err(_) => false,
     }
 }
 

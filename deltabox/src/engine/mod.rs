@@ -13,6 +13,7 @@ mod inbox;
 mod logs;
 mod manifest;
 mod processes;
+mod ready;
 mod recover;
 mod request;
 mod store;
