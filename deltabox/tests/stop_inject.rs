@@ -6,7 +6,6 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use deltabox::deltacr::inject::Call;
@@ -19,20 +18,17 @@ fn n_rounds() -> usize {
     if std::env::var_os("DELTABOX_SOAK").is_some() { 1000 } else { 100 }
 }
 
-/// Compiles a program once for this test process.
+/// Compiles a program, once for each version of its source, into cargo's directory for that.
 fn program(name: &str) -> PathBuf {
-    static DIR: OnceLock<tempfile::TempDir> = OnceLock::new();
-    let dir = DIR.get_or_init(|| tempfile::tempdir().expect("a temporary directory"));
-    let (source, made) = (Path::new("tests/programs").join(format!("{name}.c")), dir.path().join(name));
-    // Tests of one process may ask at the same time: each compiles for itself, the rename decides.
-    let own = dir.path().join(format!("{name}.{:?}", std::thread::current().id()));
-    if !made.exists() {
-        let status = Command::new("cc")
-            .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .args(["-O1", "-pthread", "-o"])
-            .args([&own, &source])
-            .status()
-            .expect("run cc");
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs").join(format!("{name}.c"));
+    let time = |path: &Path| std::fs::metadata(path).and_then(|meta| meta.modified()).ok();
+    let made = dir.join(format!("stop-inject-{name}"));
+    if time(&made).is_none_or(|made| time(&source).is_none_or(|source| source > made)) {
+        // Others may ask at the same time: each compiles for itself, the rename decides.
+        let own = dir.join(format!("{name}.{}.{:?}", std::process::id(), std::thread::current().id()));
+        let compile = ["-O1", "-pthread", "-o"];
+        let status = Command::new("cc").args(compile).args([&own, &source]).status().expect("run cc");
         assert!(status.success(), "cc {}", source.display());
         std::fs::rename(&own, &made).expect("rename a program");
     }
