@@ -27,6 +27,7 @@ use sha2::{Digest, Sha256};
 use super::fixtures::{make_dir, mount_tmpfs, path_of};
 use super::layer::open_dir;
 use super::overlay::{self, MountError};
+use crate::kernel::cgroups::unescape;
 use crate::sandbox::idmap::{HOST_ID_BASE, N_IDS};
 use crate::sys::{
     self,
@@ -231,32 +232,9 @@ fn check_with(path: &Path) -> Result<(), HostBaseError> {
 
 /// Mount points of this mount namespace other than `/`.
 fn mount_points() -> io::Result<BTreeSet<PathBuf>> {
-    let text = fs::read_to_string("/proc/self/mountinfo")?;
-    let points = text.lines().filter_map(|line| line.split(' ').nth(4)).filter(|point| *point != "/");
-    Ok(points.map(|point| PathBuf::from(unescape(point))).collect())
-}
-
-/// mountinfo writes space, tab, newline and backslash as `\ooo`.
-fn unescape(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let [first, tail @ ..] = rest {
-        let octal = match rest {
-            [b'\\', digits @ ..] => digits.get(..3).and_then(|d| std::str::from_utf8(d).ok()),
-            _ => None,
-        };
-        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = &rest[4..];
-            }
-            None => {
-                bytes.push(*first);
-                rest = tail;
-            }
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
+    let text = fs::read("/proc/self/mountinfo")?;
+    let points = text.split(|byte| *byte == b'\n').filter_map(|line| line.split(|byte| *byte == b' ').nth(4));
+    Ok(points.filter(|point| *point != b"/").map(unescape).collect())
 }
 
 /// Overlayfs's attribute of a directory that is to be merged with another path of the layers below.
@@ -443,8 +421,8 @@ mod tests {
 
     #[test]
     fn mount_points_are_unescaped() {
-        assert_eq!(unescape(r"/mnt/a\040b\134c"), r"/mnt/a b\c");
-        assert_eq!(unescape(r"/x\04"), r"/x\04");
+        assert_eq!(unescape(br"/mnt/a\040b\134c"), Path::new(r"/mnt/a b\c"));
+        assert_eq!(unescape(br"/x\04"), Path::new(r"/x\04"));
     }
 
     #[test]

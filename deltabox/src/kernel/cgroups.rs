@@ -131,8 +131,8 @@ fn parse_line(line: &[u8]) -> Option<Mount<'_>> {
     Some(Mount { root, mount_point, fstype, super_options: fields.next().unwrap_or_default() })
 }
 
-/// Undoes the kernel's octal escapes of space, tab, newline and backslash (`\040`).
-fn unescape(field: &[u8]) -> PathBuf {
+/// A path as a mountinfo field has it: undoes the kernel's octal escapes of space, tab, newline and backslash (`\040`).
+pub fn unescape(field: &[u8]) -> PathBuf {
     let mut bytes = Vec::with_capacity(field.len());
     let mut rest = field;
     while let Some((first, tail)) = rest.split_first() {
