@@ -12,6 +12,10 @@ pub enum Operation {
     Exec,
     /// From the request to nothing left.
     Remove,
+    /// From the request to a manifest in place.
+    Checkpoint,
+    /// From the request to programs that run on in the target's state.
+    Rollback,
 }
 
 /// A part of an operation. Every nanosecond of a span belongs to exactly one phase.
@@ -39,6 +43,24 @@ pub enum Phase {
     Kill,
     /// Files of the sandbox.
     Files,
+    /// The next root is mounted ahead, while programs run.
+    Arm,
+    /// All threads are halted. From here to the end of [`Phase::Resume`] the programs stand still.
+    Stop,
+    /// What leads to the old root is found: descriptors, directories, mappings, locks.
+    Plan,
+    /// It is opened on the next root.
+    Open,
+    /// The next root takes the old one's place.
+    Pivot,
+    /// Processes are given what was opened.
+    Rebase,
+    /// The old root turns read-only.
+    Seal,
+    /// All threads are let go.
+    Resume,
+    /// Written to disk (`--durable`).
+    Sync,
 }
 
 impl Operation {
@@ -48,6 +70,8 @@ impl Operation {
             Self::Create => "create",
             Self::Exec => "exec",
             Self::Remove => "rm",
+            Self::Checkpoint => "checkpoint",
+            Self::Rollback => "rollback",
         }
     }
 }
@@ -67,6 +91,15 @@ impl Phase {
             Self::Start => "start",
             Self::Kill => "kill",
             Self::Files => "files",
+            Self::Arm => "arm",
+            Self::Stop => "stop",
+            Self::Plan => "plan",
+            Self::Open => "open",
+            Self::Pivot => "pivot",
+            Self::Rebase => "rebase",
+            Self::Seal => "seal",
+            Self::Resume => "resume",
+            Self::Sync => "sync",
         }
     }
 }
@@ -132,6 +165,13 @@ impl Span {
         &self.phases[..self.n]
     }
 
+    /// How long the programs stood still: the phases from [`Phase::Stop`] to [`Phase::Resume`].
+    pub fn stopped(&self) -> Duration {
+        use Phase::{Open, Pivot, Plan, Rebase, Resume, Seal, Stop};
+        let still = |phase: &Phase| matches!(phase, Stop | Plan | Open | Pivot | Rebase | Seal | Resume);
+        self.phases().iter().filter(|(phase, _)| still(phase)).map(|(_, took)| *took).sum()
+    }
+
     /// From the beginning to the end of the last phase.
     pub fn total(&self) -> Duration {
         self.cut - self.begun
@@ -151,6 +191,15 @@ mod tests {
         let names: Vec<_> = span.phases().iter().map(|(phase, _)| phase.name()).collect();
         assert_eq!(names, ["queue", "mount", "boot"]);
         assert_eq!(span.phases().iter().map(|(_, took)| *took).sum::<Duration>(), span.total());
+    }
+
+    #[test]
+    fn programs_stand_still_from_stop_to_resume() {
+        let mut span = Span::begin(Operation::Checkpoint);
+        for phase in [Phase::Queue, Phase::Arm, Phase::Stop, Phase::Pivot, Phase::Resume, Phase::Manifest] {
+            span.end_of(phase);
+        }
+        assert_eq!(span.stopped(), span.phases()[2..5].iter().map(|(_, took)| *took).sum());
     }
 
     #[test]
