@@ -8,6 +8,7 @@ mod error;
 mod frame;
 pub mod inject;
 mod interrupted;
+pub mod rebase;
 pub mod stop;
 mod tasks;
 

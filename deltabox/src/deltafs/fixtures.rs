@@ -2,7 +2,7 @@
 //!
 //! One tmpfs per engine, made outside of any sandbox (inside, mknod is refused), shared read-only by all:
 //! ```text
-//! dev/       null zero full random urandom tty  pts/ mqueue/  ptmx fd stdin stdout stderr shm   -> /dev
+//! dev/       null zero full random urandom tty  pts/ mqueue/ .deltabox/old/  ptmx fd stdin stdout stderr shm   -> /dev
 //! skeleton/  dev/ proc/ sys/ tmp/ run/shm/ var/tmp/                                             -> topmost lower layer
 //! ```
 //! `/dev/shm` leads to `/run/shm`, which lies in the layers: what is written there is rolled back too.
@@ -99,6 +99,15 @@ pub(super) fn make_dir(path: &Path, mode: u32) -> io::Result<()> {
     fs::set_permissions(path, fs::Permissions::from_mode(mode))
 }
 
+/// Where the root that is being left waits to be dropped ([`crate::sandbox::root::LANDING`]). The host's root owns the directory around
+/// it, and for a sandbox's root that is nobody: it cannot get in.
+fn make_landing(dev: &Path) -> io::Result<()> {
+    let around = dev.join(".deltabox");
+    fs::create_dir(&around)?;
+    fs::create_dir(around.join("old"))?;
+    fs::set_permissions(&around, fs::Permissions::from_mode(0o700))
+}
+
 fn make_dev(dev: &Path) -> io::Result<()> {
     make_dir(dev, 0o755)?;
     for (name, major, minor) in NODES {
@@ -110,6 +119,7 @@ fn make_dev(dev: &Path) -> io::Result<()> {
     for (name, target) in DEV_LINKS {
         symlink(target, dev.join(name))?;
     }
+    make_landing(dev)?;
     make_dir(&dev.join("pts"), 0o755)?;
     make_dir(&dev.join("mqueue"), 0o755)
 }

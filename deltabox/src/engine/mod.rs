@@ -17,6 +17,7 @@ mod ready;
 mod recover;
 mod request;
 mod store;
+mod switch;
 
 pub use api::{
     Attachment, BaseReport, CreateRequest, ExecReport, ExecRequest, Exit, LogReport, OnDisconnect, ProcessReport,

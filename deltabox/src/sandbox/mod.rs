@@ -7,6 +7,7 @@ pub mod cgroup;
 pub mod filter;
 pub mod idmap;
 pub mod link;
+pub mod root;
 pub mod spawn;
 pub mod spec;
 

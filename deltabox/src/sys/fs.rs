@@ -66,6 +66,22 @@ pub fn set_mtime(fd: BorrowedFd<'_>, secs: i64, nanos: u32) -> io::Result<()> {
         .map(drop)
 }
 
+/// Sets the times of last access and last change, in seconds and nanoseconds since the Unix epoch.
+pub fn set_times(fd: BorrowedFd<'_>, atime: (i64, u32), mtime: (i64, u32)) -> io::Result<()> {
+    let time = |(secs, nanos): (i64, u32)| libc::timespec { tv_sec: secs, tv_nsec: nanos.into() };
+    let times = [time(atime), time(mtime)];
+    // SAFETY: the empty path is a C string and `times` holds the two timespecs the call reads.
+    check(unsafe { libc::utimensat(fd.as_raw_fd(), c"".as_ptr(), times.as_ptr(), libc::AT_EMPTY_PATH) }.into())
+        .map(drop)
+}
+
+/// flock(2) on the whole file, without waiting. (nix's takes the descriptor away.)
+pub fn lock_description(fd: BorrowedFd<'_>, exclusive: bool) -> io::Result<()> {
+    let operation = if exclusive { libc::LOCK_EX } else { libc::LOCK_SH } | libc::LOCK_NB;
+    // SAFETY: no pointers.
+    check(unsafe { libc::flock(fd.as_raw_fd(), operation) }.into()).map(drop)
+}
+
 /// Makes all of `to` share the blocks of `from` (copy on write). EOPNOTSUPP where the filesystem cannot.
 pub fn ficlone(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: the argument is a descriptor number, no pointer.

@@ -7,12 +7,14 @@
 pub mod blob;
 pub mod bpf;
 pub mod fs;
+pub mod maps;
 pub mod memory;
 pub mod mount;
 pub mod process;
 pub mod ptrace;
 pub mod seccomp;
 pub mod socket;
+pub mod stat;
 pub mod steps;
 pub mod tty;
 

@@ -116,6 +116,53 @@ pub fn pidfd_open(pid: libc::pid_t) -> io::Result<OwnedFd> {
     check_fd(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })
 }
 
+/// A descriptor of one thread (its leader need not live).
+pub fn pidfd_open_thread(tid: libc::pid_t) -> io::Result<OwnedFd> {
+    // SAFETY: no pointers.
+    check_fd(unsafe { libc::syscall(libc::SYS_pidfd_open, tid, libc::PIDFD_THREAD) })
+}
+
+/// A copy of descriptor `number` of another process.
+pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, number: i32) -> io::Result<OwnedFd> {
+    // SAFETY: no pointers.
+    check_fd(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), number, 0) })
+}
+
+/// What of two tasks is compared; numbers of `enum kcmp_type`.
+#[derive(Clone, Copy, Debug)]
+pub enum Compared {
+    /// The open file descriptions behind two descriptors.
+    Descriptions(i32, i32),
+    /// The descriptor tables.
+    Tables,
+    /// Root, working directory and umask.
+    Places,
+}
+
+/// Whether two tasks share something; a total order over what they do not share (kcmp(2)).
+pub fn compare(a: libc::pid_t, b: libc::pid_t, what: Compared) -> io::Result<std::cmp::Ordering> {
+    let (kind, x, y) = match what {
+        Compared::Descriptions(x, y) => (0, x, y),
+        Compared::Tables => (2, 0, 0),
+        Compared::Places => (3, 0, 0),
+    };
+    // SAFETY: no pointers for these kinds.
+    match check(unsafe { libc::syscall(libc::SYS_kcmp, a, b, kind, libc::c_long::from(x), libc::c_long::from(y)) })? {
+        0 => Ok(std::cmp::Ordering::Equal),
+        1 => Ok(std::cmp::Ordering::Less),
+        2 => Ok(std::cmp::Ordering::Greater),
+        _ => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
+    }
+}
+
+/// The limit on descriptor numbers of a process.
+pub fn descriptor_limit(pid: libc::pid_t) -> io::Result<u64> {
+    let mut limit = libc::rlimit64 { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel writes one rlimit64 and reads none.
+    check(unsafe { libc::prlimit64(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &raw mut limit) }.into())?;
+    Ok(limit.rlim_cur)
+}
+
 /// Sends `signal` to the process behind `pidfd`.
 pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     // SAFETY: a null siginfo is allowed: the kernel fills in that of kill(2).

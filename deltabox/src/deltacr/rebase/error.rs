@@ -1,0 +1,95 @@
+//! Why processes were not moved to another root.
+
+use std::io;
+
+use libc::pid_t;
+
+use crate::deltacr::InjectError;
+
+/// A failure. What was done before it is the caller's to undo.
+#[derive(Debug, thiserror::Error)]
+pub enum RebaseError {
+    /// Something that a process has cannot be moved.
+    #[error(transparent)]
+    Refused(#[from] RebaseRefusal),
+    /// A step failed.
+    #[error("{op} of process {pid}: {source}")]
+    Process {
+        /// What was being done.
+        op: &'static str,
+        /// The process.
+        pid: pid_t,
+        /// The kernel's word.
+        source: io::Error,
+    },
+    /// A file could not be opened on the next root.
+    #[error("{op} {path}: {source}")]
+    File {
+        /// What was being done.
+        op: &'static str,
+        /// The file, as programs name it.
+        path: String,
+        /// The kernel's word.
+        source: io::Error,
+    },
+    /// A call inside a process.
+    #[error("{call} in process {pid}: {source}")]
+    Call {
+        /// Its name.
+        call: &'static str,
+        /// The process.
+        pid: pid_t,
+        /// The kernel's word.
+        source: io::Error,
+    },
+    /// No call could be made inside a process.
+    #[error(transparent)]
+    Inject(#[from] InjectError),
+}
+
+/// What a process has that cannot be moved.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RebaseRefusal {
+    /// A thread does not share what threads of a process share.
+    #[error("thread {tid} of process {pid} has {what} of its own")]
+    Unshared {
+        /// The process.
+        pid: pid_t,
+        /// The thread.
+        tid: pid_t,
+        /// A descriptor table, or a working directory.
+        what: &'static str,
+    },
+    /// Its root is not the sandbox's.
+    #[error("process {pid} has another root than its sandbox")]
+    Root {
+        /// The process.
+        pid: pid_t,
+    },
+    /// Messages with descriptors wait in a socket.
+    #[error("descriptor {number} of process {pid} is a Unix socket with {n} descriptors on their way")]
+    InFlight {
+        /// The process.
+        pid: pid_t,
+        /// The descriptor.
+        number: i32,
+        /// How many.
+        n: u32,
+    },
+    /// It has no room for the two or three more descriptors that the move takes.
+    #[error("process {pid} has all descriptors open that its limit of {limit} allows")]
+    Full {
+        /// The process.
+        pid: pid_t,
+        /// RLIMIT_NOFILE.
+        limit: u64,
+    },
+    /// A lease or another lock that only the kernel can make.
+    #[error("descriptor {number} of process {pid} holds a lease")]
+    Lease {
+        /// The process.
+        pid: pid_t,
+        /// The descriptor.
+        number: i32,
+    },
+}

@@ -1,0 +1,68 @@
+//! FIFOs with a name: the pipe behind one belongs to an inode of the old mount, so a new pipe takes its place.
+//!
+//! All descriptions of the old pipe are among those that move. What is in it is duplicated, not taken: should the move
+//! be undone, the old one still has it. A FIFO without a name stays: nobody else can find it, and it does not hinder
+//! the seal.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, tee};
+
+use super::open::{file_error, reopen};
+use super::{Description, RebaseError};
+use crate::sandbox::root::Root;
+use crate::sys::stat::stat;
+
+/// Gives each description of a FIFO one of the FIFO that `to` has under its name.
+pub(super) fn open_all(descriptions: &mut [Description], to: &Root) -> Result<(), RebaseError> {
+    // Open for both ends while the others are opened, which do not have to wait for each other then.
+    let mut pipes: BTreeMap<_, OwnedFd> = BTreeMap::new();
+    for description in descriptions.iter_mut() {
+        let (place, flags) = (&description.place, OFlag::from_bits_retain(description.info.flags));
+        if place.stat.kind() != libc::S_IFIFO || place.unlinked {
+            continue;
+        }
+        if flags.contains(OFlag::O_PATH) {
+            description.new = to.open(&place.path, OFlag::O_PATH | OFlag::O_NOFOLLOW).ok().filter(is_fifo);
+            continue;
+        }
+        let Some(old) = &description.old else { continue };
+        let identity = place.stat.identity();
+        if !pipes.contains_key(&identity) {
+            let pipe = match to.open(&place.path, OFlag::O_RDWR | OFlag::O_NONBLOCK) {
+                Ok(pipe) if is_fifo(&pipe) => pipe,
+                Ok(_) | Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP | Errno::EISDIR | Errno::ENXIO) => continue,
+                Err(errno) => return Err(file_error("open", place, errno.into())),
+            };
+            duplicate(old.as_fd(), pipe.as_fd())
+                .map_err(|source| file_error("carry over what is in", place, source))?;
+            pipes.insert(identity, pipe);
+        }
+        let access = flags & OFlag::O_ACCMODE;
+        let new = to.open(&place.path, access | OFlag::O_NONBLOCK);
+        let new = new.map_err(|errno| file_error("open", place, errno.into()))?;
+        fcntl(&new, FcntlArg::F_SETFL(flags)).map_err(|errno| file_error("set the flags of", place, errno.into()))?;
+        description.new = Some(new);
+    }
+    Ok(())
+}
+
+fn is_fifo(fd: &OwnedFd) -> bool {
+    stat(fd.as_fd()).is_ok_and(|stat| stat.kind() == libc::S_IFIFO)
+}
+
+/// Makes the new pipe as big as the old one and puts the same into it.
+fn duplicate(old: BorrowedFd<'_>, new: BorrowedFd<'_>) -> io::Result<()> {
+    let size = fcntl(old, FcntlArg::F_GETPIPE_SZ)?;
+    if size != fcntl(new, FcntlArg::F_GETPIPE_SZ)? {
+        fcntl(new, FcntlArg::F_SETPIPE_SZ(size))?;
+    }
+    let end = reopen(old, OFlag::O_RDONLY | OFlag::O_NONBLOCK)?;
+    match tee(&end, new, usize::try_from(size).unwrap_or(0), SpliceFFlags::SPLICE_F_NONBLOCK) {
+        Ok(_) | Err(Errno::EAGAIN) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}

@@ -1,0 +1,364 @@
+//! Giving processes what was opened for them: descriptors in their places, working directories, mappings, locks.
+//!
+//! ```text
+//! process                                     engine
+//! socketpair(a, b) ------------------------>  pidfd_getfd(b)
+//!                                             sendmsg(up to 60 descriptors)
+//! one batch: recvmsg(a); dup3, fchdir, mmap; close_range
+//! ... until all are there; then, in one more:
+//!            close(a), close(b); locks; epoll
+//! ```
+//! recvmsg takes the lowest free numbers, and nothing else runs, so the engine knows them before it writes the batch.
+//! Locks of the process come last: closing any descriptor of a file would take them away.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use libc::pid_t;
+
+use super::fdinfo::Target;
+use super::open::{Opened, range};
+use super::{RebaseError, RebaseRefusal, Seat};
+use crate::deltacr::inject::{Call, Hand};
+use crate::deltacr::stop::Stopped;
+use crate::sys::process::{descriptor_limit, pidfd_getfd, pidfd_open_thread};
+use crate::sys::socket::send_with_fds;
+
+/// Descriptors per message: two calls each fit into one batch of 128.
+const N_PER_MESSAGE: usize = 60;
+
+// Where things lie in the hand's scratch memory.
+const PAIR: u64 = 0;
+const HEADER: u64 = 64;
+const VECTOR: u64 = 128;
+const BYTE: u64 = 144;
+const CONTROL: u64 = 256;
+const ARGUMENTS: u64 = 4096;
+
+impl Opened {
+    /// Gives everything to the processes, then lets go of the old descriptions.
+    ///
+    /// # Errors
+    /// Processes up to some have what is new, the others have not.
+    pub fn commit(&mut self, stopped: &mut Stopped) -> Result<(), RebaseError> {
+        for seat in &self.0.seats {
+            let gifts = self.gifts(seat);
+            if !gifts.is_empty() {
+                crate::fault::point("rebase.give").map_err(|source| RebaseError::Process {
+                    op: "give descriptors",
+                    pid: seat.pid,
+                    source,
+                })?;
+                Session::open(stopped, seat)?.give(&gifts, &self.last_calls(seat))?;
+            }
+        }
+        for description in &mut self.0.descriptions {
+            description.old = None;
+        }
+        Ok(())
+    }
+
+    /// Open file descriptions, of all processes together.
+    pub fn n_descriptions(&self) -> usize {
+        self.0.descriptions.len()
+    }
+
+    fn gifts<'a>(&'a self, seat: &'a Seat) -> Vec<Gift<'a>> {
+        let new = |index: usize| self.0.descriptions.get(index).and_then(|one| one.new.as_ref());
+        let mut gifts = Vec::new();
+        for holding in &seat.holdings {
+            let flags = if holding.close_on_exec { libc::O_CLOEXEC } else { 0 };
+            let what = Use::Descriptor { number: holding.number, flags };
+            gifts.extend(new(holding.description).map(|file| Gift { file: file.as_fd(), what }));
+        }
+        if let Some((_, Some(new))) = seat.cwd.as_ref().filter(|(_, new)| new.is_some()) {
+            gifts.push(Gift { file: new.as_fd(), what: Use::WorkingDirectory });
+        }
+        for mapping in &seat.mappings {
+            let lock = if mapping.locked { libc::MAP_LOCKED } else { 0 };
+            let what = Use::Mapping {
+                start: mapping.start,
+                len_bytes: mapping.len_bytes,
+                protection: mapping.protection,
+                flags: unsigned(libc::MAP_SHARED | libc::MAP_FIXED | lock),
+                offset_bytes: mapping.offset_bytes,
+            };
+            gifts.extend(mapping.new.as_ref().map(|file| Gift { file: file.as_fd(), what }));
+        }
+        gifts
+    }
+
+    /// What only works once all descriptors are in their places.
+    fn last_calls(&self, seat: &Seat) -> Vec<LastCall> {
+        let moved = |index: usize| self.0.descriptions.get(index).filter(|one| one.new.is_some());
+        let mut calls = Vec::new();
+        let mut done = BTreeSet::new();
+        for &(index, lock) in &seat.locks {
+            let Some(description) = moved(index) else { continue };
+            if !done.insert((description.place.stat.identity(), lock)) {
+                continue;
+            }
+            // A shared lock wants a descriptor that can be read, an exclusive one a descriptor that can be written.
+            let wrong = if lock.exclusive { libc::O_RDONLY } else { libc::O_WRONLY };
+            let fits = |other: &&super::Holding| {
+                moved(other.description).is_some_and(|one| {
+                    one.place.stat.identity() == description.place.stat.identity()
+                        && one.info.flags & libc::O_ACCMODE != wrong
+                        && one.info.flags & libc::O_PATH == 0
+                })
+            };
+            if let Some(holding) = seat.holdings.iter().find(fits) {
+                let l = range(&lock);
+                let mut bytes = Vec::with_capacity(size_of::<libc::flock>());
+                bytes.extend(l.l_type.to_ne_bytes());
+                bytes.extend(l.l_whence.to_ne_bytes());
+                bytes.extend([0; 4]);
+                bytes.extend(l.l_start.to_ne_bytes());
+                bytes.extend(l.l_len.to_ne_bytes());
+                bytes.extend([0; 8]);
+                calls.push(LastCall {
+                    name: "fcntl(F_SETLK)",
+                    nr: libc::SYS_fcntl,
+                    args: vec![number(holding.number), unsigned(libc::F_SETLK)],
+                    bytes,
+                });
+            }
+        }
+        let polled = |target: &Target| {
+            let of = |holding: &&super::Holding| holding.number == target.number;
+            let description = seat.holdings.iter().find(of).and_then(|holding| moved(holding.description));
+            // Regular files and directories cannot be in such a list.
+            description.is_some_and(|one| one.place.stat.kind() == libc::S_IFIFO)
+        };
+        for (epoll, targets) in &seat.epolls {
+            for target in targets.iter().filter(|target| polled(target)) {
+                let mut bytes = target.events.to_ne_bytes().to_vec();
+                bytes.extend(target.data.to_ne_bytes());
+                calls.push(LastCall {
+                    name: "epoll_ctl",
+                    nr: libc::SYS_epoll_ctl,
+                    args: vec![number(*epoll), unsigned(libc::EPOLL_CTL_ADD), number(target.number)],
+                    bytes,
+                });
+            }
+        }
+        calls
+    }
+}
+
+/// A descriptor for a process, and what it is for.
+struct Gift<'a> {
+    file: BorrowedFd<'a>,
+    what: Use,
+}
+
+#[derive(Clone, Copy)]
+enum Use {
+    Descriptor { number: i32, flags: i32 },
+    WorkingDirectory,
+    Mapping { start: u64, len_bytes: u64, protection: u64, flags: u64, offset_bytes: u64 },
+}
+
+impl Use {
+    /// The call that puts descriptor `received` to its use, and its name.
+    fn call(self, received: i32) -> (Call, &'static str) {
+        let received = number(received);
+        match self {
+            Self::Descriptor { number: to, flags } => {
+                (call(libc::SYS_dup3, &[received, number(to), unsigned(flags)]), "dup3")
+            }
+            Self::WorkingDirectory => (call(libc::SYS_fchdir, &[received]), "fchdir"),
+            Self::Mapping { start, len_bytes, protection, flags, offset_bytes } => {
+                let args = [start, len_bytes, protection, flags, received, offset_bytes];
+                (call(libc::SYS_mmap, &args), "mmap")
+            }
+        }
+    }
+}
+
+/// A call with the address of bytes in memory as its last argument.
+struct LastCall {
+    name: &'static str,
+    nr: i64,
+    args: Vec<u64>,
+    bytes: Vec<u8>,
+}
+
+/// The engine at work in one process.
+struct Session<'a> {
+    hand: Hand<'a>,
+    pid: pid_t,
+    /// Both ends in the process.
+    pair: [i32; 2],
+    /// The engine's end.
+    socket: OwnedFd,
+    /// Numbers that are free and below the limit, lowest first.
+    free: Vec<i32>,
+}
+
+impl<'a> Session<'a> {
+    fn open(stopped: &'a mut Stopped, seat: &Seat) -> Result<Self, RebaseError> {
+        let (pid, tid) = (seat.pid, seat.tid);
+        let failed = |op| move |source| RebaseError::Process { op, pid, source };
+        let limit = descriptor_limit(tid).map_err(failed("read the limits"))?;
+        let free = free_numbers(&seat.numbers, limit, N_PER_MESSAGE + 2);
+        if free.len() < 3 {
+            return Err(RebaseRefusal::Full { pid, limit }.into());
+        }
+        let mut hand = stopped.hand(pid)?;
+        let scratch = hand.scratch().start;
+        let kind = unsigned(libc::SOCK_DGRAM | libc::SOCK_CLOEXEC);
+        let made = hand.run(&[call(libc::SYS_socketpair, &[unsigned(libc::AF_UNIX), kind, 0, scratch + PAIR])])?;
+        check(pid, "socketpair", made[0])?;
+        let mut bytes = [0; 8];
+        hand.read(scratch + PAIR, &mut bytes)?;
+        let pair = [0, 4].map(|at| bytes[at..at + 4].try_into().map_or(-1, i32::from_ne_bytes));
+        let pidfd = pidfd_open_thread(tid).map_err(failed("open"))?;
+        let socket = pidfd_getfd(pidfd.as_fd(), pair[1]).map_err(failed("copy a descriptor"))?;
+        let free = free.into_iter().filter(|number| !pair.contains(number)).collect();
+        Ok(Self { hand, pid, pair, socket, free })
+    }
+
+    fn give(mut self, gifts: &[Gift<'_>], last: &[LastCall]) -> Result<(), RebaseError> {
+        let mut given = Ok(());
+        for some in gifts.chunks(self.free.len().min(N_PER_MESSAGE)) {
+            given = self.give_some(some);
+            if given.is_err() {
+                break;
+            }
+        }
+        // The pair goes in any case.
+        let ended = self.end(last);
+        self.hand.close()?;
+        given.and(ended)
+    }
+
+    fn give_some(&mut self, gifts: &[Gift<'_>]) -> Result<(), RebaseError> {
+        let pid = self.pid;
+        let files: Vec<_> = gifts.iter().map(|gift| gift.file).collect();
+        send_with_fds(self.socket.as_fd(), &[0], &files).map_err(|source| RebaseError::Process {
+            op: "send descriptors to a socket",
+            pid,
+            source,
+        })?;
+        let scratch = self.hand.scratch().start;
+        let control_bytes = 16 + 4 * gifts.len() as u64;
+        let header = [0, 0, scratch + VECTOR, 1, scratch + CONTROL, control_bytes.next_multiple_of(8), 0];
+        self.hand.write(scratch + HEADER, &words(&header))?;
+        self.hand.write(scratch + VECTOR, &words(&[scratch + BYTE, 1]))?;
+        let flags = unsigned(libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT);
+        let mut calls = vec![call(libc::SYS_recvmsg, &[number(self.pair[0]), scratch + HEADER, flags])];
+        let mut names = vec!["recvmsg"];
+        for (gift, received) in gifts.iter().zip(&self.free) {
+            let (call, name) = gift.what.call(*received);
+            calls.push(call);
+            names.push(name);
+        }
+        for (first, last) in runs(&self.free[..gifts.len()]) {
+            calls.push(call(libc::SYS_close_range, &[number(first), number(last), 0]));
+            names.push("close_range");
+        }
+        let results = self.hand.run(&calls)?;
+        results.iter().zip(names).try_for_each(|(result, name)| check(pid, name, *result))?;
+        // Numbers that are not those foreseen would have shown as EBADF, or in what was received.
+        let mut control = vec![0; usize::try_from(control_bytes).unwrap_or(0)];
+        self.hand.read(scratch + CONTROL, &mut control)?;
+        let received = control[16..].chunks_exact(4).map(|four| four.try_into().map_or(-1, i32::from_ne_bytes));
+        if received.eq(self.free[..gifts.len()].iter().copied()) {
+            Ok(())
+        } else {
+            let source = io::Error::other("descriptors arrived under other numbers than foreseen");
+            Err(RebaseError::Call { call: "recvmsg", pid, source })
+        }
+    }
+
+    fn end(&mut self, last: &[LastCall]) -> Result<(), RebaseError> {
+        let closed = self.pair.map(|end| call(libc::SYS_close, &[number(end)]));
+        let results = self.hand.run(&closed)?;
+        results.iter().try_for_each(|result| check(self.pid, "close", *result))?;
+        let memory = self.hand.scratch().start + ARGUMENTS..self.hand.scratch().end;
+        let mut rest = last;
+        while !rest.is_empty() {
+            let (mut calls, mut at) = (Vec::new(), memory.start);
+            for one in rest {
+                let end = at + one.bytes.len() as u64;
+                if end > memory.end {
+                    break;
+                }
+                self.hand.write(at, &one.bytes)?;
+                calls.push(call(one.nr, &[one.args.as_slice(), &[at]].concat()));
+                at = end.next_multiple_of(16);
+            }
+            let results = self.hand.run(&calls)?;
+            results.iter().zip(rest).try_for_each(|(result, one)| check(self.pid, one.name, *result))?;
+            rest = &rest[calls.len()..];
+        }
+        Ok(())
+    }
+}
+
+/// The lowest `n` numbers that are not in use, below the limit.
+fn free_numbers(used: &[i32], limit: u64, n: usize) -> Vec<i32> {
+    let limit = i32::try_from(limit).unwrap_or(i32::MAX);
+    let mut used = used.iter().copied().peekable();
+    let is_free = |number: &i32| used.next_if_eq(number).is_none();
+    (0..limit).filter(is_free).take(n).collect()
+}
+
+/// Runs of neighbours in a sorted list, first and last of each.
+fn runs(numbers: &[i32]) -> Vec<(i32, i32)> {
+    let mut runs: Vec<(i32, i32)> = Vec::new();
+    for &number in numbers {
+        match runs.last_mut() {
+            Some((_, last)) if *last + 1 == number => *last = number,
+            _ => runs.push((number, number)),
+        }
+    }
+    runs
+}
+
+fn call(nr: i64, args: &[u64]) -> Call {
+    let mut six = [0; 6];
+    six[..args.len()].copy_from_slice(args);
+    Call { nr, args: six }
+}
+
+fn check(pid: pid_t, call: &'static str, result: i64) -> Result<(), RebaseError> {
+    if !(-4095..0).contains(&result) {
+        return Ok(());
+    }
+    let errno = i32::try_from(-result).unwrap_or(libc::EIO);
+    Err(RebaseError::Call { call, pid, source: io::Error::from_raw_os_error(errno) })
+}
+
+/// An argument as the kernel takes it.
+fn number(fd: i32) -> u64 {
+    i64::from(fd).cast_unsigned()
+}
+
+fn unsigned(flags: i32) -> u64 {
+    flags.cast_unsigned().into()
+}
+
+fn words(words: &[u64]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn free_numbers_are_the_lowest_and_below_the_limit() {
+        assert_eq!(free_numbers(&[0, 1, 2, 5], 100, 4), [3, 4, 6, 7]);
+        assert_eq!(free_numbers(&[], 2, 4), [0, 1]);
+        assert_eq!(free_numbers(&[0, 1, 200], 3, 4), [2]);
+    }
+
+    #[test]
+    fn neighbours_are_closed_together() {
+        assert_eq!(runs(&[3, 4, 6, 7, 8, 20]), [(3, 4), (6, 8), (20, 20)]);
+        assert_eq!(runs(&[]), []);
+    }
+}

@@ -1,0 +1,113 @@
+//! Stopped processes from one root to another: descriptors, working directories, mappings, locks.
+//!
+//! ```text
+//!  Plan::make    what of each process lies on the old mount; each open file description once
+//!  Plan::open    the same on the next root: opened by the engine, which no file's permissions stop
+//!  (pivot)
+//!  commit        per process: a socket, the descriptions through it, one batch of dup3, fchdir, mmap
+//! ```
+//! A batch runs to its end even if the engine dies, so a process has either all of it or nothing, and what is still on
+//! the old mount shows what is left to do.
+//!
+//! Knows mounts only by number and descriptor, layers not at all.
+
+mod error;
+mod fdinfo;
+mod fifo;
+mod find;
+mod give;
+mod open;
+mod unlinked;
+
+use std::ffi::CString;
+use std::os::fd::OwnedFd;
+
+use libc::pid_t;
+
+pub use error::{RebaseError, RebaseRefusal};
+pub use open::Opened;
+
+use crate::sys::stat::Stat;
+use fdinfo::{FdInfo, Lock, Target};
+
+/// What is to become of a file that the next root does not have under its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Missing {
+    /// The old mount is to be sealed: writers go on with a copy. (On the next root only unlinked files are missing.)
+    Copied,
+    /// The old mount stays writable for those that hold it.
+    Left,
+}
+
+/// What has to be moved, found by [`Plan::make`]. Holds copies of the descriptions.
+#[derive(Debug)]
+pub struct Plan {
+    seats: Vec<Seat>,
+    descriptions: Vec<Description>,
+}
+
+/// A stopped process that something has to be done in.
+#[derive(Debug)]
+struct Seat {
+    pid: pid_t,
+    /// Its first thread.
+    tid: pid_t,
+    /// Descriptors to be replaced, unless another seat shares the table.
+    holdings: Vec<Holding>,
+    /// All descriptor numbers in use, sorted.
+    numbers: Vec<i32>,
+    /// Locks of the process, and the description whose file they are on.
+    locks: Vec<(usize, Lock)>,
+    /// Its epoll instances.
+    epolls: Vec<(i32, Vec<Target>)>,
+    /// Its working directory, if that has to be changed.
+    cwd: Option<(Place, Option<OwnedFd>)>,
+    mappings: Vec<Mapping>,
+}
+
+/// A descriptor.
+#[derive(Clone, Copy, Debug)]
+struct Holding {
+    number: i32,
+    close_on_exec: bool,
+    /// Index into the plan's descriptions.
+    description: usize,
+}
+
+/// A place in the tree of files.
+#[derive(Clone, Debug)]
+struct Place {
+    /// From the root, without symbolic links.
+    path: CString,
+    stat: Stat,
+    /// It has no name any more.
+    unlinked: bool,
+}
+
+/// An open file description.
+#[derive(Debug)]
+struct Description {
+    /// The engine's copy; gone once all processes have the new one.
+    old: Option<OwnedFd>,
+    place: Place,
+    info: FdInfo,
+    /// The same on the next root; without it the old one stays in use.
+    new: Option<OwnedFd>,
+}
+
+/// A shared mapping of a file.
+#[derive(Debug)]
+struct Mapping {
+    start: u64,
+    len_bytes: u64,
+    /// `PROT_*`.
+    protection: u64,
+    offset_bytes: u64,
+    /// Its file was open for writing.
+    writable: bool,
+    locked: bool,
+    place: Place,
+    /// A name for the file that needs no path.
+    old: OwnedFd,
+    new: Option<OwnedFd>,
+}

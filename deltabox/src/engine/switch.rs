@@ -1,0 +1,182 @@
+//! The switch: a running sandbox from one root to another, with all its processes.
+//!
+//! ```text
+//! stop -> next root? -> plan -> open -> pivot -> rebase -> seal -> resume
+//!             | unchanged         |        |        |        |
+//!             v                   v        v        v        v  something can still write to the old root
+//!           resume              resume   resume   back by the same way: plan, open, pivot, rebase; resume
+//! ```
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::time::Instant;
+
+use libc::pid_t;
+
+use crate::deltacr::rebase::{Missing, Plan, RebaseError};
+use crate::deltacr::stop::{Request, Stopped, while_stopped};
+use crate::deltacr::{InjectError, StopError};
+use crate::latency::{Phase, Span};
+use crate::sandbox::root::{Namespace, Root};
+
+/// Where it takes place.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ground<'a> {
+    /// Host PID of the sandbox's init, which is not stopped.
+    pub(super) init: pid_t,
+    /// The cgroup directory with the processes.
+    pub(super) group: &'a Path,
+    /// When to give up stopping them.
+    pub(super) deadline: Instant,
+}
+
+/// What becomes of the layer that the programs leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// It becomes frozen: nothing may write to it any more.
+    Freeze,
+    /// It is thrown away.
+    Discard,
+}
+
+/// What was done. The programs run.
+#[derive(Debug)]
+pub(super) enum Switched {
+    /// There was nothing to do.
+    Unchanged { n_processes: usize, n_threads: usize },
+    /// They are on the next root.
+    Moved { n_processes: usize, n_threads: usize, n_descriptions: usize, old: OldRoot },
+}
+
+/// The root that was left.
+#[derive(Debug)]
+pub(super) struct OldRoot {
+    namespace: Namespace,
+    root: Root,
+}
+
+impl OldRoot {
+    /// Takes it out of the sandbox's tree and drops it. If nothing uses it any more its inodes are torn down: 50 to
+    /// 90 ms for 20,000 of them, so not on a thread that anybody waits for.
+    pub(super) fn drop_slowly(self) {
+        if let Err(error) = self.namespace.detach(&self.root) {
+            tracing::warn!(%error, "the old root stays attached until its sandbox ends");
+        }
+    }
+}
+
+/// Why the sandbox is not on the next root.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SwitchError {
+    /// Something about its programs stands in the way. They run on, nothing has changed.
+    #[error("{why}")]
+    Refused { why: String, hint: String },
+    /// The machine failed. They run on, nothing has changed.
+    #[error("{what}: {source}")]
+    Failed { what: String, source: io::Error },
+    /// The machine failed, and did again on the way back: some processes are on the one root, some on the other.
+    #[error("{what}")]
+    Lost { what: String },
+}
+
+/// Moves the sandbox to the root that `next` gives: a detached mount, or `None` if there is nothing to do. `next` runs
+/// while the programs stand still. Ends the phases from `Arm` to `Resume`.
+pub(super) fn switch(
+    ground: &Ground<'_>,
+    purpose: Purpose,
+    next: impl FnOnce() -> io::Result<Option<OwnedFd>> + Send,
+    span: &mut Span,
+) -> Result<Switched, SwitchError> {
+    let failed = |what: &str| {
+        let what = what.to_owned();
+        move |source| SwitchError::Failed { what, source }
+    };
+    let namespace = Namespace::of(ground.init).map_err(failed("find the sandbox's mounts"))?;
+    let from = Root::of(ground.init).map_err(failed("find the sandbox's root"))?;
+    let request = Request { group: ground.group, excluded: &[ground.init], deadline: ground.deadline };
+    span.end_of(Phase::Arm);
+    let clock = &mut *span;
+    let switched = while_stopped(request, move |stopped| {
+        clock.end_of(Phase::Stop);
+        let (n_processes, n_threads) = (stopped.processes().len(), stopped.n_threads());
+        let Some(mount) = next().map_err(failed("make the next root"))? else {
+            return Ok(Switched::Unchanged { n_processes, n_threads });
+        };
+        let to = Root::new(mount).map_err(failed("make the next root"))?;
+        let missing = match purpose {
+            Purpose::Freeze => Missing::Copied,
+            Purpose::Discard => Missing::Left,
+        };
+        let plan = Plan::make(stopped, &from)?;
+        clock.end_of(Phase::Plan);
+        let mut opened = plan.open(&to, missing)?;
+        clock.end_of(Phase::Open);
+        let n_descriptions = opened.n_descriptions();
+        namespace.pivot(&from, &to).map_err(failed("pivot"))?;
+        clock.end_of(Phase::Pivot);
+        let rebased = opened.commit(stopped).map_err(SwitchError::from);
+        drop(opened);
+        clock.end_of(Phase::Rebase);
+        let sealed = rebased.and_then(|()| seal(&namespace, &from, purpose));
+        clock.end_of(Phase::Seal);
+        if let Err(error) = sealed {
+            return Err(go_back(stopped, &namespace, &to, &from, error));
+        }
+        Ok(Switched::Moved { n_processes, n_threads, n_descriptions, old: OldRoot { namespace, root: from } })
+    })?;
+    span.end_of(Phase::Resume);
+    switched
+}
+
+fn seal(namespace: &Namespace, from: &Root, purpose: Purpose) -> Result<(), SwitchError> {
+    let failed = |source| SwitchError::Failed { what: "seal the old root".to_owned(), source };
+    if purpose == Purpose::Discard {
+        return Ok(());
+    }
+    crate::fault::point("switch.seal").map_err(failed)?;
+    if namespace.seal(from).map_err(failed)? {
+        return Ok(());
+    }
+    Err(SwitchError::Refused {
+        why: "something outside of its processes can still write to its files".to_owned(),
+        hint: "a program of the host has a file of the sandbox open for writing; close it and try again".to_owned(),
+    })
+}
+
+/// Back to the root that was left. What was copied stays with its holders.
+fn go_back(stopped: &mut Stopped, namespace: &Namespace, from: &Root, to: &Root, reason: SwitchError) -> SwitchError {
+    let mut go = || -> Result<(), SwitchError> {
+        let mut opened = Plan::make(stopped, from)?.open(to, Missing::Left)?;
+        namespace.pivot(from, to).map_err(|source| SwitchError::Failed { what: "pivot back".to_owned(), source })?;
+        opened.commit(stopped)?;
+        namespace.detach(from).map_err(|source| SwitchError::Failed { what: "detach".to_owned(), source })
+    };
+    match go() {
+        Ok(()) => reason,
+        Err(error) => SwitchError::Lost { what: format!("{reason}; and on the way back: {error}") },
+    }
+}
+
+impl From<StopError> for SwitchError {
+    fn from(error: StopError) -> Self {
+        match error {
+            StopError::Refused(refusal) => Self::Refused {
+                why: refusal.to_string(),
+                hint: "its programs run on; try again when that process is done with it".to_owned(),
+            },
+            other => Self::Failed { what: "stop its processes".to_owned(), source: io::Error::other(other) },
+        }
+    }
+}
+
+impl From<RebaseError> for SwitchError {
+    fn from(error: RebaseError) -> Self {
+        let hint = "its programs run on; close that, or end the process".to_owned();
+        match error {
+            RebaseError::Refused(refusal) => Self::Refused { why: refusal.to_string(), hint },
+            RebaseError::Inject(InjectError::Refused(refusal)) => Self::Refused { why: refusal.to_string(), hint },
+            other => Self::Failed { what: "move its processes".to_owned(), source: io::Error::other(other) },
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! The root of a running sandbox: which mount it is, and another in its place.
+//!
+//! ```text
+//!  before                       attach next, move submounts            pivot_root
+//!  / old overlay                / old overlay                          / next overlay
+//!  +- proc sys dev ...          +- / next overlay                      +- proc sys dev ...
+//!                                  +- proc sys dev ...                    +- dev/.deltabox/old  old overlay
+//! ```
+//! pivot_root takes every process along whose root is the old one, and every working directory that is the old root
+//! itself. The old overlay stays in the tree until it is sealed and detached: only there can it be turned read-only.
+//! No program reaches it: the directory above belongs to the host's root.
+//!
+//! Nothing here may run while programs of the sandbox do, but for [`Namespace::detach`].
+
+use std::ffi::CString;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+
+use libc::pid_t;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::mount::MntFlags;
+use nix::sched::CloneFlags;
+use nix::sys::stat::Mode;
+
+use crate::kernel::cgroups::unescape;
+use crate::sys::mount::{self, attr};
+use crate::sys::stat::stat;
+
+/// Where the old root waits: a directory that every sandbox's `/dev` has.
+pub const LANDING: &std::ffi::CStr = c"dev/.deltabox/old";
+
+/// The root directory of a mount.
+#[derive(Debug)]
+pub struct Root {
+    dir: OwnedFd,
+    mount: u64,
+}
+
+impl Root {
+    /// What process `pid` has as its root.
+    pub fn of(pid: pid_t) -> io::Result<Self> {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let path = format!("/proc/{pid}/root");
+        Self::new(nix::fcntl::open(path.as_str(), flags, Mode::empty())?)
+    }
+
+    /// Of a mount, attached or not.
+    pub fn new(mount: OwnedFd) -> io::Result<Self> {
+        let id = stat(mount.as_fd())?.mount;
+        Ok(Self { dir: mount, mount: id })
+    }
+
+    /// The number that fdinfo calls `mnt_id`.
+    pub fn mount(&self) -> u64 {
+        self.mount
+    }
+
+    /// Opens what a program with this root would get at `path`, which is absolute and without symbolic links.
+    pub fn open(&self, path: &CString, flags: OFlag) -> nix::Result<OwnedFd> {
+        let relative = path.to_bytes().strip_prefix(b"/").filter(|rest| !rest.is_empty()).unwrap_or(b".");
+        let resolve = ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_SYMLINKS;
+        let how = OpenHow::new().flags(flags | OFlag::O_CLOEXEC).resolve(resolve);
+        openat2(&self.dir, relative, how)
+    }
+}
+
+impl AsFd for Root {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.dir.as_fd()
+    }
+}
+
+/// The mount namespace of a sandbox.
+#[derive(Debug)]
+pub struct Namespace {
+    inside: OwnedFd,
+    outside: OwnedFd,
+    /// What is mounted directly on the root: paths relative to it.
+    submounts: Vec<CString>,
+}
+
+impl Namespace {
+    /// Of process `pid`, with what is mounted on its root. Programs of a sandbox cannot change that.
+    pub fn of(pid: pid_t) -> io::Result<Self> {
+        let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo"))?;
+        let submounts = parse_submounts(&mounts).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidData, format!("mountinfo of process {pid} shows no root"))
+        })?;
+        let inside = fs::File::open(format!("/proc/{pid}/ns/mnt"))?.into();
+        let outside = fs::File::open("/proc/thread-self/ns/mnt")?.into();
+        Ok(Self { inside, outside, submounts })
+    }
+
+    /// Puts `to` in the place of `from`, which waits to be detached then. After an error all is as before.
+    ///
+    /// # Errors
+    /// The kernel's word.
+    pub fn pivot(&self, from: &Root, to: &Root) -> io::Result<()> {
+        self.visit(|| {
+            mount::move_mount(to.as_fd(), from.as_fd(), c"")?;
+            let moved = self.move_submounts(from, to).and_then(|()| {
+                crate::fault::point("switch.pivot")?;
+                nix::unistd::fchdir(to.as_fd())?;
+                Ok(nix::unistd::pivot_root(c".", LANDING)?)
+            });
+            if moved.is_err() {
+                // What was moved goes back; what was not is not there to be moved.
+                for at in &self.submounts {
+                    let _ = move_submount(to, from, at);
+                }
+                let _ = detach(to);
+            }
+            moved
+        })
+    }
+
+    fn move_submounts(&self, from: &Root, to: &Root) -> io::Result<()> {
+        self.submounts.iter().try_for_each(|at| move_submount(from, to, at))
+    }
+
+    /// Makes a root that was left read-only, for good. `false`: something can still write to it.
+    pub fn seal(&self, root: &Root) -> io::Result<bool> {
+        let sealed = || mount::mount_setattr(root.as_fd(), attr::RDONLY, 0, None, mount::Clone::One);
+        match self.visit(sealed) {
+            Ok(()) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Takes a root that was left out of the tree. What still uses it keeps it.
+    pub fn detach(&self, root: &Root) -> io::Result<()> {
+        self.visit(|| detach(root))
+    }
+
+    /// Runs `work` inside. The calling thread never again shares root and working directory with others.
+    fn visit<R>(&self, work: impl FnOnce() -> io::Result<R>) -> io::Result<R> {
+        nix::sched::unshare(CloneFlags::CLONE_FS)?;
+        nix::sched::setns(&self.inside, CloneFlags::CLONE_NEWNS)?;
+        let result = work();
+        nix::sched::setns(&self.outside, CloneFlags::CLONE_NEWNS)?;
+        result
+    }
+}
+
+fn move_submount(from: &Root, to: &Root, at: &CString) -> io::Result<()> {
+    let mount = from.open(at, OFlag::O_PATH)?;
+    // Not a mount (any more): nothing to move.
+    if stat(mount.as_fd())?.mount == from.mount {
+        return Ok(());
+    }
+    mount::move_mount(mount.as_fd(), to.as_fd(), at)
+}
+
+fn detach(root: &Root) -> io::Result<()> {
+    nix::unistd::fchdir(root.as_fd())?;
+    Ok(nix::mount::umount2(c".", MntFlags::MNT_DETACH)?)
+}
+
+/// The mount points of the mounts that sit on the root, relative to it (proc_pid_mountinfo(5)).
+fn parse_submounts(mountinfo: &str) -> Option<Vec<CString>> {
+    let fields = |line: &'_ str| {
+        let fields: Vec<_> = line.split(' ').take(5).map(str::to_owned).collect();
+        (fields.len() == 5).then_some(fields)
+    };
+    let mounts: Vec<_> = mountinfo.lines().filter_map(fields).collect();
+    let root = &mounts.iter().find(|mount| mount[4] == "/")?[0];
+    let on_root = mounts.iter().filter(|mount| mount[1] == *root && mount[4] != "/");
+    let relative = |at: &str| unescape(at.trim_start_matches('/').as_bytes()).into_os_string().into_vec();
+    on_root.map(|mount| CString::new(relative(&mount[4])).ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOUNTS: &str = "\
+        90 89 0:40 / / rw,nodev - overlay overlay rw\n\
+        91 90 0:41 / /proc rw - proc proc rw\n\
+        92 91 0:41 /sys /proc/sys ro - proc proc rw\n\
+        93 90 0:42 / /dev ro - tmpfs tmpfs rw\n\
+        94 93 0:43 / /dev/pts rw - devpts devpts rw\n\
+        95 90 0:44 / /opt/a\\040b ro - ext4 /dev/x rw\n";
+
+    #[test]
+    fn mounts_on_the_root_are_found_and_those_below_are_not() {
+        let found = parse_submounts(MOUNTS).expect("a root");
+        assert_eq!(found, [c"proc", c"dev", c"opt/a b"].map(CString::from));
+    }
+
+    #[test]
+    fn a_namespace_without_a_root_is_no_namespace() {
+        assert_eq!(parse_submounts(""), None);
+        assert_eq!(parse_submounts("nonsense\n\n1 2 3"), None);
+    }
+}
