@@ -180,3 +180,6 @@ impl From<RebaseError> for SwitchError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

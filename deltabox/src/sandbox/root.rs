@@ -57,9 +57,13 @@ impl Root {
         self.mount
     }
 
-    /// Opens what a program with this root would get at `path`, which is absolute and without symbolic links.
+    /// Opens what a program with this root would get at `path`, which has no symbolic links.
     pub fn open(&self, path: &CString, flags: OFlag) -> nix::Result<OwnedFd> {
-        let relative = path.to_bytes().strip_prefix(b"/").filter(|rest| !rest.is_empty()).unwrap_or(b".");
+        let relative = match path.to_bytes().strip_prefix(b"/") {
+            Some(b"") => b".",
+            Some(rest) => rest,
+            None => path.to_bytes(),
+        };
         let resolve = ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_SYMLINKS;
         let how = OpenHow::new().flags(flags | OFlag::O_CLOEXEC).resolve(resolve);
         openat2(&self.dir, relative, how)

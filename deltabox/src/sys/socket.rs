@@ -4,20 +4,20 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-/// Descriptors in one message at most (more are never sent here; the kernel's limit is 253).
-const MAX_FDS: usize = 8;
-/// Room for one SCM_RIGHTS header with [`MAX_FDS`] descriptors, aligned as cmsghdr wants it.
-type Control = [u64; 8];
+/// Descriptors in one message at most (chosen: a batch of injected calls takes so many; the kernel's limit is 253).
+const MAX_SENT: usize = 64;
+/// Room for one SCM_RIGHTS header with [`MAX_SENT`] descriptors, aligned as cmsghdr wants it.
+type Control = [u64; 2 + MAX_SENT / 2];
 
 /// Sends `bytes` with `fds` attached to the first of them. Returns how many bytes went (never SIGPIPE).
 ///
 /// # Errors
-/// As sendmsg(2); `InvalidInput` for more than eight descriptors.
+/// As sendmsg(2); `InvalidInput` for more than 64 descriptors.
 pub fn send_with_fds(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
-    if fds.len() > MAX_FDS {
+    if fds.len() > MAX_SENT {
         return Err(io::Error::from(io::ErrorKind::InvalidInput));
     }
-    let mut control: Control = [0; 8];
+    let mut control: Control = [0; 2 + MAX_SENT / 2];
     let mut iov = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
     let mut message = empty_message(&mut iov);
     if !fds.is_empty() {
@@ -49,7 +49,7 @@ pub fn send_with_fds(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>
 /// # Errors
 /// As recvmsg(2).
 pub fn recv_with_fds(socket: BorrowedFd<'_>, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<usize> {
-    let mut control: Control = [0; 8];
+    let mut control: Control = [0; 2 + MAX_SENT / 2];
     let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
     let mut message = empty_message(&mut iov);
     message.msg_control = control.as_mut_ptr().cast();
