@@ -115,7 +115,7 @@ pub(super) fn switch(
         let n_descriptions = opened.n_descriptions();
         namespace.pivot(&from, &to).map_err(failed("pivot"))?;
         clock.end_of(Phase::Pivot);
-        let rebased = opened.commit(stopped).map_err(SwitchError::from);
+        let rebased = opened.commit(stopped, &namespace).map_err(SwitchError::from);
         drop(opened);
         clock.end_of(Phase::Rebase);
         let sealed = rebased.and_then(|()| seal(&namespace, &from, purpose));
@@ -149,7 +149,7 @@ fn go_back(stopped: &mut Stopped, namespace: &Namespace, from: &Root, to: &Root,
     let mut go = || -> Result<(), SwitchError> {
         let mut opened = Plan::make(stopped, from)?.open(to, Missing::Left)?;
         namespace.pivot(from, to).map_err(|source| SwitchError::Failed { what: "pivot back".to_owned(), source })?;
-        opened.commit(stopped)?;
+        opened.commit(stopped, namespace)?;
         namespace.detach(from).map_err(|source| SwitchError::Failed { what: "detach".to_owned(), source })
     };
     match go() {

@@ -140,7 +140,7 @@ impl Namespace {
     }
 
     /// Runs `work` inside. The calling thread never again shares root and working directory with others.
-    fn visit<R>(&self, work: impl FnOnce() -> io::Result<R>) -> io::Result<R> {
+    pub fn visit<R>(&self, work: impl FnOnce() -> io::Result<R>) -> io::Result<R> {
         nix::sched::unshare(CloneFlags::CLONE_FS)?;
         nix::sched::setns(&self.inside, CloneFlags::CLONE_NEWNS)?;
         let result = work();

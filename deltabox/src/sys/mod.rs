@@ -7,6 +7,8 @@
 pub mod blob;
 pub mod bpf;
 pub mod fs;
+pub mod handle;
+pub mod inotify;
 pub mod maps;
 pub mod memory;
 pub mod mount;

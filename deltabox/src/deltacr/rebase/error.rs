@@ -84,6 +84,52 @@ pub enum RebaseRefusal {
         /// RLIMIT_NOFILE.
         limit: u64,
     },
+    /// Connections wait to be accepted.
+    #[error("descriptor {number} of process {pid} has connections that it has not accepted yet")]
+    Pending {
+        /// The process.
+        pid: pid_t,
+        /// The descriptor.
+        number: i32,
+    },
+    /// Events wait to be read.
+    #[error("descriptor {number} of process {pid} has inotify events that nobody has read yet")]
+    Unread {
+        /// The process.
+        pid: pid_t,
+        /// The descriptor.
+        number: i32,
+    },
+    /// A datagram socket with a name.
+    #[error("descriptor {number} of process {pid} is a datagram socket with the name {name}")]
+    NamedDatagrams {
+        /// The process.
+        pid: pid_t,
+        /// The descriptor.
+        number: i32,
+        /// Its path.
+        name: String,
+    },
+    /// A listening socket whose address does not say where it is.
+    #[error("descriptor {number} of process {pid} listens at {name}, which its address no longer leads to")]
+    Address {
+        /// The process.
+        pid: pid_t,
+        /// The descriptor.
+        number: i32,
+        /// Its path.
+        name: String,
+    },
+    /// A watch whose file is not known.
+    #[error("descriptor {number} of process {pid}: what inotify watch {watch} is on cannot be found")]
+    Watch {
+        /// The process.
+        pid: pid_t,
+        /// The descriptor.
+        number: i32,
+        /// Number of the watch.
+        watch: i32,
+    },
     /// A lease or another lock that only the kernel can make.
     #[error("descriptor {number} of process {pid} holds a lease")]
     Lease {
@@ -92,4 +138,11 @@ pub enum RebaseRefusal {
         /// The descriptor.
         number: i32,
     },
+}
+
+impl RebaseRefusal {
+    /// Whether it passes by itself, as soon as the programs have run a little.
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::InFlight { .. } | Self::Pending { .. } | Self::Unread { .. })
+    }
 }

@@ -49,7 +49,8 @@ pub(super) struct Lock {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Watch {
     pub(super) number: i32,
-    pub(super) ino: u64,
+    /// The kernel's own number of the device.
+    pub(super) dev: u64,
     pub(super) mask: u32,
     /// The file handle: its type and bytes.
     pub(super) handle: (i32, Vec<u8>),
@@ -128,7 +129,7 @@ fn parse_watch(line: &str) -> Option<Watch> {
     Some(Watch {
         // Printed in hexadecimal (fs/notify/fdinfo.c).
         number: i32::try_from(hexadecimal("wd:")?).ok()?,
-        ino: hexadecimal("ino:")?,
+        dev: hexadecimal("sdev:")?,
         mask: u32::try_from(hexadecimal("mask:")?).ok()?,
         handle: (i32::try_from(hexadecimal("fhandle-type:").unwrap_or(0)).ok()?, bytes),
     })
@@ -165,7 +166,7 @@ mod tests {
         let text = "pos:\t0\nflags:\t00\nmnt_id:\t15\nino:\t1057\n\
             inotify wd:1a ino:8 sdev:2d mask:fff ignored_mask:0 fhandle-bytes:2 fhandle-type:f8 f_handle:00fb\n";
         let watches = FdInfo::parse(text).expect("an fdinfo").watches;
-        assert_eq!(watches, [Watch { number: 26, ino: 8, mask: 0xfff, handle: (0xf8, vec![0, 0xfb]) }]);
+        assert_eq!(watches, [Watch { number: 26, dev: 0x2d, mask: 0xfff, handle: (0xf8, vec![0, 0xfb]) }]);
     }
 
     #[test]

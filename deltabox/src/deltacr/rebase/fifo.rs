@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, tee};
 
 use super::open::{file_error, reopen};
-use super::{Description, RebaseError};
+use super::{Description, Kind, RebaseError};
 use crate::sandbox::root::Root;
 use crate::sys::stat::stat;
 
@@ -22,7 +22,7 @@ pub(super) fn open_all(descriptions: &mut [Description], to: &Root) -> Result<()
     let mut pipes: BTreeMap<_, OwnedFd> = BTreeMap::new();
     for description in descriptions.iter_mut() {
         let (place, flags) = (&description.place, OFlag::from_bits_retain(description.info.flags));
-        if place.stat.kind() != libc::S_IFIFO || place.unlinked {
+        if !matches!(description.kind, Kind::File) || place.stat.kind() != libc::S_IFIFO || place.unlinked {
             continue;
         }
         if flags.contains(OFlag::O_PATH) {

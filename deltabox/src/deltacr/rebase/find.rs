@@ -5,20 +5,23 @@ use std::collections::BTreeMap;
 use std::ffi::{CString, OsString};
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
 
 use libc::pid_t;
 use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 use super::fdinfo::{FdInfo, Owner};
-use super::{Description, Holding, Mapping, Place, Plan, RebaseError, RebaseRefusal, Seat};
+use super::watcher::Watcher;
+use super::{Description, Holding, Kind, Mapping, Place, Plan, RebaseError, RebaseRefusal, Seat, listener};
 use crate::deltacr::stop::{Process, Stopped};
 use crate::sandbox::root::Root;
 use crate::sys::maps::next_shared_file;
 use crate::sys::process::{Compared, compare, pidfd_getfd, pidfd_open_thread};
-use crate::sys::stat::stat_path;
+use crate::sys::socket::name_of;
+use crate::sys::stat::{Stat, stat, stat_path};
 
 /// What d_path puts behind the name of a file that has none any more.
 const DELETED: &[u8] = b" (deleted)";
@@ -29,7 +32,11 @@ impl Plan {
     /// # Errors
     /// Nothing has been changed.
     pub fn make(stopped: &Stopped, from: &Root) -> Result<Self, RebaseError> {
-        let mut finder = Finder { from, tables: Vec::new(), known: BTreeMap::new(), descriptions: Vec::new() };
+        let root = stat(from.as_fd()).map_err(|source| RebaseError::Process { op: "find the root", pid: 0, source })?;
+        // The kernel's own MKDEV (include/linux/kdev_t.h).
+        let dev = u64::from(root.dev.0) << 20 | u64::from(root.dev.1);
+        let (tables, known, descriptions) = Default::default();
+        let mut finder = Finder { from, tables, known, descriptions, dev };
         let mut seats = Vec::new();
         for process in stopped.processes() {
             let seat = finder.seat(process)?;
@@ -56,6 +63,8 @@ struct Finder<'a> {
     /// Descriptions that look alike: only those have to be compared.
     known: BTreeMap<(u64, i32, i64), Vec<Found>>,
     descriptions: Vec<Description>,
+    /// Device of the old root, as fdinfo shows it.
+    dev: u64,
 }
 
 impl Finder<'_> {
@@ -97,8 +106,7 @@ impl Finder<'_> {
     fn check_root(&self, pid: pid_t, tid: pid_t) -> Result<(), RebaseError> {
         let failed = |source| RebaseError::Process { op: "find the root", pid, source };
         let path = CString::new(format!("/proc/{pid}/task/{tid}/root")).map_err(|error| failed(error.into()))?;
-        let (own, from) =
-            (stat_path(&path).map_err(failed)?, crate::sys::stat::stat(self.from.as_fd()).map_err(failed)?);
+        let (own, from) = (stat_path(&path).map_err(failed)?, stat(self.from.as_fd()).map_err(failed)?);
         if (own.mount, own.ino) == (from.mount, from.ino) { Ok(()) } else { Err(RebaseRefusal::Root { pid }.into()) }
     }
 
@@ -129,10 +137,13 @@ impl Finder<'_> {
             if let Some(n @ 1..) = info.n_in_flight {
                 return Err(RebaseRefusal::InFlight { pid, number, n }.into());
             }
-            if info.mount != self.from.mount() {
-                if !info.targets.is_empty() {
-                    seat.epolls.push((number, info.targets));
-                }
+            if !info.targets.is_empty() {
+                seat.epolls.push((number, info.targets));
+                continue;
+            }
+            // Unix sockets may have their name on the old mount, inotify instances may watch files of it.
+            let depends = info.n_in_flight.is_some() || self.watches_old_files(&info);
+            if info.mount != self.from.mount() && !depends {
                 continue;
             }
             if info.locks.iter().any(|lock| lock.owner == Owner::Other) {
@@ -144,29 +155,68 @@ impl Finder<'_> {
             };
             let close_on_exec = info.flags & libc::O_CLOEXEC != 0;
             let locks: Vec<_> = info.locks.iter().copied().filter(|lock| lock.owner == Owner::Process).collect();
-            let description = self.description(seat, number, info, pidfd).map_err(failed("copy a descriptor"))?;
+            let Some(description) = self.description(seat, number, info, pidfd)? else { continue };
             seat.locks.extend(locks.into_iter().map(|lock| (description, lock)));
             seat.holdings.push(Holding { number, close_on_exec, description });
         }
         Ok(())
     }
 
-    /// The index of the description behind a descriptor.
-    fn description(&mut self, seat: &Seat, number: i32, mut info: FdInfo, pidfd: &OwnedFd) -> io::Result<usize> {
+    /// The index of the description behind a descriptor; `None`: it does not depend on the old mount.
+    fn description(
+        &mut self,
+        seat: &Seat,
+        number: i32,
+        mut info: FdInfo,
+        pidfd: &OwnedFd,
+    ) -> Result<Option<usize>, RebaseError> {
+        let failed = |op| {
+            let pid = seat.pid;
+            move |source| RebaseError::Process { op, pid, source }
+        };
         info.flags &= !libc::O_CLOEXEC;
         let alike = self.known.entry((info.ino, info.flags, info.position)).or_default();
         for &(tid, other, index) in alike.iter() {
-            if compare(tid, seat.tid, Compared::Descriptions(other, number))? == Ordering::Equal {
-                return Ok(index);
+            let same = compare(tid, seat.tid, Compared::Descriptions(other, number));
+            if same.map_err(failed("compare the descriptors"))? == Ordering::Equal {
+                return Ok(Some(index));
             }
         }
+        let old = pidfd_getfd(pidfd.as_fd(), number).map_err(failed("copy a descriptor"))?;
+        let link = format!("/proc/{}/task/{}/fd/{number}", seat.pid, seat.tid);
+        let (place, kind) = if info.mount == self.from.mount() {
+            let place = self.place(&link).map_err(failed("find a file"))?;
+            (place.ok_or_else(|| failed("find a file")(io::Error::other("a descriptor that moved")))?, Kind::File)
+        } else if info.watches.is_empty() {
+            let Some(name) = name_of(old.as_fd()).map_err(failed("find the name of a socket"))? else {
+                return Ok(None);
+            };
+            let link = format!("/proc/thread-self/fd/{}", name.as_raw_fd());
+            let Some(place) = self.place(&link).map_err(failed("find the name of a socket"))? else { return Ok(None) };
+            let Some(listener) = listener::look(&old, &place, seat.pid, number)? else { return Ok(None) };
+            (place, Kind::Listener(listener))
+        } else {
+            if has_unread(&old).map_err(failed("look at an inotify instance"))? {
+                return Err(RebaseRefusal::Unread { pid: seat.pid, number }.into());
+            }
+            let near = seat.cwd.as_ref().map_or(c"/", |(place, _)| place.path.as_c_str());
+            let watcher = Watcher::find(&info.watches, self.from, near).map_err(|watch| RebaseRefusal::Watch {
+                pid: seat.pid,
+                number,
+                watch,
+            })?;
+            let stat = stat(old.as_fd()).map_err(failed("look at an inotify instance"))?;
+            (Place { path: c"inotify".into(), stat, unlinked: true }, Kind::Watcher(watcher))
+        };
         let index = self.descriptions.len();
-        alike.push((seat.tid, number, index));
-        let old = Some(pidfd_getfd(pidfd.as_fd(), number)?);
-        let path = format!("/proc/{}/task/{}/fd/{number}", seat.pid, seat.tid);
-        let place = self.place(&path)?.ok_or_else(|| io::Error::other("a descriptor that moved"))?;
-        self.descriptions.push(Description { old, place, info, new: None });
-        Ok(index)
+        let key = (info.ino, info.flags, info.position);
+        self.known.entry(key).or_default().push((seat.tid, number, index));
+        self.descriptions.push(Description { old: Some(old), place, info, kind, new: None });
+        Ok(Some(index))
+    }
+
+    fn watches_old_files(&self, info: &FdInfo) -> bool {
+        info.watches.iter().any(|watch| watch.dev == self.dev)
     }
 
     /// Where a magic link leads, if that is on the old mount.
@@ -184,12 +234,10 @@ impl Finder<'_> {
     }
 
     /// Whether the file has just the name that d_path gave it: a name may end in " (deleted)".
-    fn is_there(&self, path: &[u8], stat: &crate::sys::stat::Stat) -> bool {
+    fn is_there(&self, path: &[u8], known: &Stat) -> bool {
         let Ok(path) = CString::new(path) else { return false };
         let found = self.from.open(&path, OFlag::O_PATH | OFlag::O_NOFOLLOW);
-        found.is_ok_and(|found| {
-            crate::sys::stat::stat(found.as_fd()).is_ok_and(|there| there.identity() == stat.identity())
-        })
+        found.is_ok_and(|found| stat(found.as_fd()).is_ok_and(|there| there.identity() == known.identity()))
     }
 
     fn mappings(&self, pid: pid_t, tid: pid_t) -> io::Result<Vec<Mapping>> {
@@ -256,4 +304,9 @@ fn mark_locked(tid: pid_t, mappings: &mut [Mapping]) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+fn has_unread(instance: &OwnedFd) -> io::Result<bool> {
+    let mut fds = [PollFd::new(instance.as_fd(), PollFlags::POLLIN)];
+    Ok(nix::poll::poll(&mut fds, PollTimeout::ZERO)? > 0)
 }

@@ -18,15 +18,19 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use libc::pid_t;
 
 use super::fdinfo::Target;
-use super::open::{Opened, range};
-use super::{RebaseError, RebaseRefusal, Seat};
+use super::open::{Opened, file_error, range};
+use super::{Description, Holding, Kind, Plan, RebaseError, RebaseRefusal, Seat};
 use crate::deltacr::inject::{Call, Hand};
 use crate::deltacr::stop::Stopped;
+use crate::sandbox::root::Namespace;
 use crate::sys::process::{descriptor_limit, pidfd_getfd, pidfd_open_thread};
 use crate::sys::socket::send_with_fds;
 
 /// Descriptors per message: two calls each fit into one batch of 128.
 const N_PER_MESSAGE: usize = 60;
+
+/// Of a listener that was made again (chosen: the kernel cuts it to net.core.somaxconn; the old one's is not told).
+const BACKLOG: u64 = 4096;
 
 // Where things lie in the hand's scratch memory.
 const PAIR: u64 = 0;
@@ -41,20 +45,31 @@ impl Opened {
     ///
     /// # Errors
     /// Processes up to some have what is new, the others have not.
-    pub fn commit(&mut self, stopped: &mut Stopped) -> Result<(), RebaseError> {
-        for seat in &self.0.seats {
-            let gifts = self.gifts(seat);
-            if !gifts.is_empty() {
-                crate::fault::point("rebase.give").map_err(|source| RebaseError::Process {
-                    op: "give descriptors",
-                    pid: seat.pid,
-                    source,
-                })?;
-                Session::open(stopped, seat)?.give(&gifts, &self.last_calls(seat))?;
+    pub fn commit(&mut self, stopped: &mut Stopped, namespace: &Namespace) -> Result<(), RebaseError> {
+        let Plan { seats, descriptions } = &mut self.0;
+        for seat in seats.iter() {
+            if !needs_work(seat, descriptions) {
+                continue;
             }
+            crate::fault::point("rebase.give").map_err(|source| RebaseError::Process {
+                op: "give descriptors",
+                pid: seat.pid,
+                source,
+            })?;
+            let mut session = Session::open(stopped, seat)?;
+            for holding in &seat.holdings {
+                session.make(&mut descriptions[holding.description], namespace)?;
+            }
+            session.give(&gifts(seat, descriptions), &last_calls(seat, descriptions))?;
         }
-        for description in &mut self.0.descriptions {
+        // Closed before events are taken out: closing makes some.
+        seats.clear();
+        for description in descriptions {
             description.old = None;
+            if let (Kind::Watcher(watcher), Some(instance)) = (&mut description.kind, &description.new) {
+                let settled = watcher.settle(instance, description.info.flags);
+                settled.map_err(|source| file_error("settle", &description.place, source))?;
+            }
         }
         Ok(())
     }
@@ -63,88 +78,104 @@ impl Opened {
     pub fn n_descriptions(&self) -> usize {
         self.0.descriptions.len()
     }
+}
 
-    fn gifts<'a>(&'a self, seat: &'a Seat) -> Vec<Gift<'a>> {
-        let new = |index: usize| self.0.descriptions.get(index).and_then(|one| one.new.as_ref());
-        let mut gifts = Vec::new();
-        for holding in &seat.holdings {
-            let flags = if holding.close_on_exec { libc::O_CLOEXEC } else { 0 };
-            let what = Use::Descriptor { number: holding.number, flags };
-            gifts.extend(new(holding.description).map(|file| Gift { file: file.as_fd(), what }));
-        }
-        if let Some((_, Some(new))) = seat.cwd.as_ref().filter(|(_, new)| new.is_some()) {
-            gifts.push(Gift { file: new.as_fd(), what: Use::WorkingDirectory });
-        }
-        for mapping in &seat.mappings {
-            let lock = if mapping.locked { libc::MAP_LOCKED } else { 0 };
-            let what = Use::Mapping {
-                start: mapping.start,
-                len_bytes: mapping.len_bytes,
-                protection: mapping.protection,
-                flags: unsigned(libc::MAP_SHARED | libc::MAP_FIXED | lock),
-                offset_bytes: mapping.offset_bytes,
-            };
-            gifts.extend(mapping.new.as_ref().map(|file| Gift { file: file.as_fd(), what }));
-        }
-        gifts
+/// Whether something in this process is to be replaced.
+fn needs_work(seat: &Seat, descriptions: &[Description]) -> bool {
+    let is_new = |holding: &Holding| {
+        let description = &descriptions[holding.description];
+        description.new.is_some()
+            || match &description.kind {
+                Kind::File => false,
+                Kind::Listener(listener) => listener.is_there(),
+                Kind::Watcher(_) => true,
+            }
+    };
+    seat.holdings.iter().any(is_new)
+        || seat.cwd.as_ref().is_some_and(|(_, new)| new.is_some())
+        || seat.mappings.iter().any(|mapping| mapping.new.is_some())
+}
+
+fn gifts<'a>(seat: &'a Seat, descriptions: &'a [Description]) -> Vec<Gift<'a>> {
+    let new = |index: usize| descriptions.get(index).and_then(|one| one.new.as_ref());
+    let mut gifts = Vec::new();
+    for holding in &seat.holdings {
+        let flags = if holding.close_on_exec { libc::O_CLOEXEC } else { 0 };
+        let what = Use::Descriptor { number: holding.number, flags };
+        gifts.extend(new(holding.description).map(|file| Gift { file: file.as_fd(), what }));
     }
-
-    /// What only works once all descriptors are in their places.
-    fn last_calls(&self, seat: &Seat) -> Vec<LastCall> {
-        let moved = |index: usize| self.0.descriptions.get(index).filter(|one| one.new.is_some());
-        let mut calls = Vec::new();
-        let mut done = BTreeSet::new();
-        for &(index, lock) in &seat.locks {
-            let Some(description) = moved(index) else { continue };
-            if !done.insert((description.place.stat.identity(), lock)) {
-                continue;
-            }
-            // A shared lock wants a descriptor that can be read, an exclusive one a descriptor that can be written.
-            let wrong = if lock.exclusive { libc::O_RDONLY } else { libc::O_WRONLY };
-            let fits = |other: &&super::Holding| {
-                moved(other.description).is_some_and(|one| {
-                    one.place.stat.identity() == description.place.stat.identity()
-                        && one.info.flags & libc::O_ACCMODE != wrong
-                        && one.info.flags & libc::O_PATH == 0
-                })
-            };
-            if let Some(holding) = seat.holdings.iter().find(fits) {
-                let l = range(&lock);
-                let mut bytes = Vec::with_capacity(size_of::<libc::flock>());
-                bytes.extend(l.l_type.to_ne_bytes());
-                bytes.extend(l.l_whence.to_ne_bytes());
-                bytes.extend([0; 4]);
-                bytes.extend(l.l_start.to_ne_bytes());
-                bytes.extend(l.l_len.to_ne_bytes());
-                bytes.extend([0; 8]);
-                calls.push(LastCall {
-                    name: "fcntl(F_SETLK)",
-                    nr: libc::SYS_fcntl,
-                    args: vec![number(holding.number), unsigned(libc::F_SETLK)],
-                    bytes,
-                });
-            }
-        }
-        let polled = |target: &Target| {
-            let of = |holding: &&super::Holding| holding.number == target.number;
-            let description = seat.holdings.iter().find(of).and_then(|holding| moved(holding.description));
-            // Regular files and directories cannot be in such a list.
-            description.is_some_and(|one| one.place.stat.kind() == libc::S_IFIFO)
+    if let Some((_, Some(new))) = seat.cwd.as_ref().filter(|(_, new)| new.is_some()) {
+        gifts.push(Gift { file: new.as_fd(), what: Use::WorkingDirectory });
+    }
+    for mapping in &seat.mappings {
+        let lock = if mapping.locked { libc::MAP_LOCKED } else { 0 };
+        let what = Use::Mapping {
+            start: mapping.start,
+            len_bytes: mapping.len_bytes,
+            protection: mapping.protection,
+            flags: unsigned(libc::MAP_SHARED | libc::MAP_FIXED | lock),
+            offset_bytes: mapping.offset_bytes,
         };
-        for (epoll, targets) in &seat.epolls {
-            for target in targets.iter().filter(|target| polled(target)) {
-                let mut bytes = target.events.to_ne_bytes().to_vec();
-                bytes.extend(target.data.to_ne_bytes());
-                calls.push(LastCall {
-                    name: "epoll_ctl",
-                    nr: libc::SYS_epoll_ctl,
-                    args: vec![number(*epoll), unsigned(libc::EPOLL_CTL_ADD), number(target.number)],
-                    bytes,
-                });
-            }
-        }
-        calls
+        gifts.extend(mapping.new.as_ref().map(|file| Gift { file: file.as_fd(), what }));
     }
+    gifts
+}
+
+/// What only works once all descriptors are in their places.
+fn last_calls(seat: &Seat, descriptions: &[Description]) -> Vec<LastCall> {
+    let moved = |index: usize| descriptions.get(index).filter(|one| one.new.is_some());
+    let mut calls = Vec::new();
+    let mut done = BTreeSet::new();
+    for &(index, lock) in &seat.locks {
+        let Some(description) = moved(index) else { continue };
+        if !done.insert((description.place.stat.identity(), lock)) {
+            continue;
+        }
+        // A shared lock wants a descriptor that can be read, an exclusive one a descriptor that can be written.
+        let wrong = if lock.exclusive { libc::O_RDONLY } else { libc::O_WRONLY };
+        let fits = |other: &&Holding| {
+            moved(other.description).is_some_and(|one| {
+                one.place.stat.identity() == description.place.stat.identity()
+                    && one.info.flags & libc::O_ACCMODE != wrong
+                    && one.info.flags & libc::O_PATH == 0
+            })
+        };
+        if let Some(holding) = seat.holdings.iter().find(fits) {
+            let l = range(&lock);
+            let mut bytes = Vec::with_capacity(size_of::<libc::flock>());
+            bytes.extend(l.l_type.to_ne_bytes());
+            bytes.extend(l.l_whence.to_ne_bytes());
+            bytes.extend([0; 4]);
+            bytes.extend(l.l_start.to_ne_bytes());
+            bytes.extend(l.l_len.to_ne_bytes());
+            bytes.extend([0; 8]);
+            calls.push(LastCall {
+                name: "fcntl(F_SETLK)",
+                nr: libc::SYS_fcntl,
+                args: vec![number(holding.number), unsigned(libc::F_SETLK)],
+                bytes,
+            });
+        }
+    }
+    let polled = |target: &Target| {
+        let of = |holding: &&Holding| holding.number == target.number;
+        let description = seat.holdings.iter().find(of).and_then(|holding| moved(holding.description));
+        // Regular files and directories cannot be in such a list.
+        description.is_some_and(|one| !matches!(one.kind, Kind::File) || one.place.stat.kind() == libc::S_IFIFO)
+    };
+    for (epoll, targets) in &seat.epolls {
+        for target in targets.iter().filter(|target| polled(target)) {
+            let mut bytes = target.events.to_ne_bytes().to_vec();
+            bytes.extend(target.data.to_ne_bytes());
+            calls.push(LastCall {
+                name: "epoll_ctl",
+                nr: libc::SYS_epoll_ctl,
+                args: vec![number(*epoll), unsigned(libc::EPOLL_CTL_ADD), number(target.number)],
+                bytes,
+            });
+        }
+    }
+    calls
 }
 
 /// A descriptor for a process, and what it is for.
@@ -193,6 +224,7 @@ struct Session<'a> {
     pair: [i32; 2],
     /// The engine's end.
     socket: OwnedFd,
+    pidfd: OwnedFd,
     /// Numbers that are free and below the limit, lowest first.
     free: Vec<i32>,
 }
@@ -217,7 +249,53 @@ impl<'a> Session<'a> {
         let pidfd = pidfd_open_thread(tid).map_err(failed("open"))?;
         let socket = pidfd_getfd(pidfd.as_fd(), pair[1]).map_err(failed("copy a descriptor"))?;
         let free = free.into_iter().filter(|number| !pair.contains(number)).collect();
-        Ok(Self { hand, pid, pair, socket, free })
+        Ok(Self { hand, pid, pair, socket, pidfd, free })
+    }
+
+    /// Makes what only a process can make, and the engine's copy of it.
+    fn make(&mut self, description: &mut Description, namespace: &Namespace) -> Result<(), RebaseError> {
+        if description.new.is_some() {
+            return Ok(());
+        }
+        let Some(old) = &description.old else { return Ok(()) };
+        let (place, flags) = (&description.place, description.info.flags);
+        match &mut description.kind {
+            Kind::File => {}
+            Kind::Listener(listener) if !listener.is_there() => {}
+            Kind::Listener(listener) => {
+                let kind = unsigned(listener.kind as i32 | libc::SOCK_CLOEXEC);
+                let (number, new) =
+                    self.make_one("socket", call(libc::SYS_socket, &[unsigned(libc::AF_UNIX), kind, 0]))?;
+                let taken = listener.take_over(old, &new, place, flags, namespace);
+                taken.map_err(|source| file_error("listen again at", place, source))?;
+                let listened = self.hand.call(libc::SYS_listen, call(0, &[number, BACKLOG]).args)?;
+                check(self.pid, "listen", listened)?;
+                self.close(number)?;
+                description.new = Some(new);
+            }
+            Kind::Watcher(watcher) => {
+                let flags = unsigned(libc::IN_CLOEXEC | libc::IN_NONBLOCK);
+                let (number, new) = self.make_one("inotify_init1", call(libc::SYS_inotify_init1, &[flags]))?;
+                watcher.watch(&new).map_err(|source| file_error("watch again with", place, source))?;
+                self.close(number)?;
+                description.new = Some(new);
+            }
+        }
+        Ok(())
+    }
+
+    fn make_one(&mut self, name: &'static str, made: Call) -> Result<(u64, OwnedFd), RebaseError> {
+        let result = self.hand.call(made.nr, made.args)?;
+        check(self.pid, name, result)?;
+        let number = i32::try_from(result).unwrap_or(-1);
+        let copied = pidfd_getfd(self.pidfd.as_fd(), number);
+        let copy = copied.map_err(|source| RebaseError::Process { op: "copy a descriptor", pid: self.pid, source })?;
+        Ok((result.cast_unsigned(), copy))
+    }
+
+    fn close(&mut self, number: u64) -> Result<(), RebaseError> {
+        let closed = self.hand.call(libc::SYS_close, call(0, &[number]).args)?;
+        check(self.pid, "close", closed)
     }
 
     fn give(mut self, gifts: &[Gift<'_>], last: &[LastCall]) -> Result<(), RebaseError> {

@@ -16,8 +16,10 @@ mod fdinfo;
 mod fifo;
 mod find;
 mod give;
+mod listener;
 mod open;
 mod unlinked;
+mod watcher;
 
 use std::ffi::CString;
 use std::os::fd::OwnedFd;
@@ -29,6 +31,8 @@ pub use open::Opened;
 
 use crate::sys::stat::Stat;
 use fdinfo::{FdInfo, Lock, Target};
+use listener::Listener;
+use watcher::Watcher;
 
 /// What is to become of a file that the next root does not have under its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,8 +95,20 @@ struct Description {
     old: Option<OwnedFd>,
     place: Place,
     info: FdInfo,
+    kind: Kind,
     /// The same on the next root; without it the old one stays in use.
     new: Option<OwnedFd>,
+}
+
+/// How a description depends on the old mount.
+#[derive(Debug)]
+enum Kind {
+    /// It is a file of it.
+    File,
+    /// Its name is a file of it.
+    Listener(Listener),
+    /// It watches files of it.
+    Watcher(Watcher),
 }
 
 /// A shared mapping of a file.

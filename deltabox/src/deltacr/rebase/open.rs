@@ -12,7 +12,7 @@ use nix::unistd::{UnlinkatFlags, Whence, lseek, unlinkat};
 
 use super::fdinfo::{Lock, Owner};
 use super::unlinked::Copies;
-use super::{Description, Missing, Place, Plan, RebaseError, fifo};
+use super::{Description, Kind, Missing, Place, Plan, RebaseError, fifo};
 use crate::sandbox::root::Root;
 use crate::sys::fs::{lock_description, set_times};
 use crate::sys::stat::stat;
@@ -35,7 +35,20 @@ impl Plan {
             opener.copies.note_writers(&self);
         }
         fifo::open_all(&mut self.descriptions, to)?;
-        for description in self.descriptions.iter_mut().filter(|one| one.place.stat.kind() != libc::S_IFIFO) {
+        for description in &mut self.descriptions {
+            match &mut description.kind {
+                Kind::File if description.place.stat.kind() == libc::S_IFIFO => continue,
+                Kind::File => {}
+                // Made in the process that has it, when its turn comes.
+                Kind::Listener(listener) => {
+                    listener.find(&description.place, to)?;
+                    continue;
+                }
+                Kind::Watcher(watcher) => {
+                    watcher.open(to);
+                    continue;
+                }
+            }
             description.new = opener.description(description)?;
             if let Some(new) = &description.new {
                 take_locks(new.as_fd(), description)?;
@@ -142,8 +155,11 @@ fn make_gone(to: &Root) -> io::Result<OwnedFd> {
     let before = stat(to.as_fd())?;
     nix::sys::stat::mkdirat(to, NAME, Mode::S_IRWXU)?;
     let opened = to.open(&CString::from(NAME), OFlag::O_PATH | OFlag::O_DIRECTORY);
+    // fchdir asks whether the process may.
+    let allowed = opened.as_ref().map(|gone| crate::sys::fs::chmod(gone.as_fd(), 0o755));
     unlinkat(to, NAME, UnlinkatFlags::RemoveDir)?;
     set_times(to.as_fd(), before.atime, before.mtime)?;
+    allowed.unwrap_or(Ok(()))?;
     Ok(opened?)
 }
 

@@ -1,7 +1,7 @@
 //! Programs in a real sandbox, switched from root to root.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ impl Sandbox {
     }
 
     /// Starts a program that prints "ready" once it is, and "ok" (or what is wrong) in the end.
-    fn start(&self, program: &str) -> Program<'_> {
+    fn start(&self, program: &str) -> Program {
         let request = ExecRequest {
             argv: vec!["/usr/bin/python3".into(), "-u".into(), "-c".into(), program.into()],
             env: Vec::new(),
@@ -43,15 +43,12 @@ impl Sandbox {
             on_disconnect: OnDisconnect::Leave,
         };
         let (tell, told) = mpsc::channel();
-        let (over, end) = mpsc::channel();
-        let on_exit = Box::new(move |exit| drop(over.send(exit)));
-        self.engine.exec(&self.id, request, on_exit, Box::new(move |result| drop(tell.send(result.unwrap()))));
+        self.engine.exec(&self.id, request, Box::new(|_| {}), Box::new(move |result| drop(tell.send(result.unwrap()))));
         let attachment = told.recv().unwrap();
         let log =
             self.store.path().join("sandboxes").join(self.id.as_str()).join(format!("logs/{}.log", attachment.pid));
-        let program = Program { sandbox: self, log, end, _attachment: attachment };
-        program.wait_for("ready");
-        program
+        wait_for(&log, "ready", 1);
+        Program { log, _attachment: attachment }
     }
 
     fn switch(&mut self, purpose: Purpose) -> Result<Switched, SwitchError> {
@@ -84,8 +81,8 @@ impl Sandbox {
         switched
     }
 
-    fn freeze(&mut self) {
-        match self.switch(Purpose::Freeze).unwrap() {
+    fn switch_and_drop(&mut self, purpose: Purpose) {
+        match self.switch(purpose).unwrap() {
             Switched::Moved { old, .. } => old.drop_slowly(),
             Switched::Unchanged { .. } => panic!("not moved"),
         }
@@ -105,24 +102,21 @@ impl Drop for Sandbox {
     }
 }
 
-struct Program<'a> {
-    sandbox: &'a Sandbox,
+struct Program {
     log: PathBuf,
-    end: mpsc::Receiver<crate::engine::Exit>,
     _attachment: crate::engine::Attachment,
 }
 
-impl Program<'_> {
-    fn wait_for(&self, word: &str) {
-        let end = Instant::now() + Duration::from_secs(20);
-        loop {
-            let text = fs::read_to_string(&self.log).unwrap_or_default();
-            if text.lines().any(|line| line == word) {
-                return;
-            }
-            assert!(Instant::now() < end, "no `{word}` but: {text}");
-            std::thread::sleep(Duration::from_millis(2));
+/// Waits until a log has a line `n` times.
+fn wait_for(log: &Path, word: &str, n: usize) {
+    let end = Instant::now() + Duration::from_secs(20);
+    loop {
+        let text = fs::read_to_string(log).unwrap_or_default();
+        if text.lines().filter(|line| *line == word).count() >= n {
+            return;
         }
+        assert!(Instant::now() < end, "no `{word}` but: {text}");
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
 
@@ -138,20 +132,12 @@ def check(what, got, expected):
 
 fn story(program: &str, purposes: &[Purpose]) {
     let mut sandbox = Sandbox::new();
-    let text = format!("{WAIT}\n{program}\nprint('ok', flush=True)");
-    let (log, end, attachment) = {
-        let Program { log, end, _attachment, .. } = sandbox.start(&text);
-        (log, end, _attachment)
-    };
+    let started = sandbox.start(&format!("{WAIT}\n{program}\nprint('ok', flush=True)"));
     for purpose in purposes {
-        match sandbox.switch(*purpose).unwrap() {
-            Switched::Moved { old, .. } => old.drop_slowly(),
-            Switched::Unchanged { .. } => panic!("not moved"),
-        }
+        sandbox.switch_and_drop(*purpose);
     }
     fs::write(sandbox.inside("/tmp/go"), "").unwrap();
-    let program = Program { sandbox: &sandbox, log, end, _attachment: attachment };
-    program.wait_for("ok");
+    wait_for(&started.log, "ok", 1);
 }
 
 #[test]
@@ -192,6 +178,111 @@ check('sharing', os.lseek(shared, 0, 1), os.lseek(a, 0, 1))
 }
 
 #[test]
+fn locks_are_held_on_the_next_root_too() {
+    let program = r#"
+import subprocess
+fl = os.open('/tmp/fl', os.O_CREAT | os.O_RDWR); fcntl.flock(fl, fcntl.LOCK_EX)
+po = os.open('/tmp/po', os.O_CREAT | os.O_RDWR); po2 = os.open('/tmp/po', os.O_RDONLY)
+fcntl.lockf(po, fcntl.LOCK_EX, 10, 5); fcntl.lockf(po2, fcntl.LOCK_SH, 10, 50)
+of = os.open('/tmp/of', os.O_CREAT | os.O_RDWR)
+F_OFD_SETLK = 37
+fcntl.fcntl(of, F_OFD_SETLK, struct.pack('hhqqi4x', fcntl.F_WRLCK, 0, 7, 3, 0))
+wait('go')
+other = '''
+import os, fcntl, struct
+def refused(f):
+    try: f()
+    except OSError: return True
+    return False
+fl, po, of = (os.open('/tmp/' + n, os.O_RDWR) for n in ('fl', 'po', 'of'))
+print(refused(lambda: fcntl.flock(fl, fcntl.LOCK_SH | fcntl.LOCK_NB)),
+  refused(lambda: fcntl.lockf(po, fcntl.LOCK_SH | fcntl.LOCK_NB, 10, 5)), refused(lambda: fcntl.lockf(po, fcntl.LOCK_EX | fcntl.LOCK_NB, 5, 15)),
+  refused(lambda: fcntl.lockf(po, fcntl.LOCK_SH | fcntl.LOCK_NB, 10, 50)), refused(lambda: fcntl.lockf(po, fcntl.LOCK_EX | fcntl.LOCK_NB, 10, 50)),
+  refused(lambda: fcntl.fcntl(of, 37, struct.pack('hhqqi4x', fcntl.F_RDLCK, 0, 9, 1, 0))),
+  refused(lambda: fcntl.fcntl(of, 37, struct.pack('hhqqi4x', fcntl.F_RDLCK, 0, 10, 1, 0))))
+'''
+seen = subprocess.run([sys.executable, '-c', other], capture_output=True, text=True)
+check('refused', (seen.stdout.split(), seen.stderr), ('True True False False True True False'.split(), ''))
+"#;
+    story(program, &[Purpose::Freeze, Purpose::Freeze]);
+}
+
+#[test]
+fn fifos_listeners_and_watches_go_on() {
+    let program = r"
+import socket, ctypes, threading
+libc = ctypes.CDLL(None, use_errno=True)
+os.makedirs('/tmp/d/sub'); os.chdir('/tmp/d')
+os.mkfifo('/tmp/ff'); ff = os.open('/tmp/ff', os.O_RDWR | os.O_NONBLOCK); os.write(ff, b'inside')
+s = socket.socket(socket.AF_UNIX); s.bind('/tmp/sock'); os.chmod('/tmp/sock', 0o600); s.listen(3); s.setblocking(False)
+rel = socket.socket(socket.AF_UNIX); rel.bind('sub/rel'); rel.listen(1)
+ino = libc.inotify_init1(0)
+gone = libc.inotify_add_watch(ino, b'/tmp/ff', 0x400); libc.inotify_rm_watch(ino, gone); os.read(ino, 4096)
+wd = libc.inotify_add_watch(ino, b'/tmp/d', 0x100)
+wf = libc.inotify_add_watch(ino, b'/tmp/ff', 0x2)
+ep = select.epoll(); ep.register(ff, select.EPOLLIN); ep.register(s, select.EPOLLIN); ep.register(ino, select.EPOLLIN)
+blocked = socket.socket(socket.AF_UNIX); blocked.bind('/tmp/blocked'); blocked.listen(1)
+answers = []
+def serve():
+    while True:
+        c, _ = blocked.accept(); c.sendall(c.recv(9)); c.close()
+threading.Thread(target=serve, daemon=True).start()
+before = os.stat('/tmp/sock')
+wait('go')
+check('epoll', ep.poll(0), [(ff, select.EPOLLIN)])
+check('fifo', os.read(ff, 99), b'inside')
+check('no event so far', ep.poll(0), [])
+w = os.open('/tmp/ff', os.O_WRONLY); os.write(w, b'by name'); check('fifo by name', os.read(ff, 99), b'by name')
+check('file event', struct.unpack('iIII', os.read(ino, 4096))[0:2], (wf, 2))
+check('socket mode', (os.stat('/tmp/sock').st_mode, os.stat('/tmp/sock').st_mtime_ns), (before.st_mode, before.st_mtime_ns))
+c = socket.socket(socket.AF_UNIX); c.connect('/tmp/sock'); check('listener', ep.poll(1), [(s.fileno(), select.EPOLLIN)]); a, _ = s.accept()
+check('peer', struct.unpack('3i', c.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)), (os.getpid(), 0, 0))
+c.sendall(b'hi'); check('accepted', a.recv(9), b'hi')
+check('name', s.getsockname(), '/tmp/sock'); check('relative name', rel.getsockname(), 'sub/rel')
+c = socket.socket(socket.AF_UNIX); c.connect('/tmp/d/sub/rel')
+c = socket.socket(socket.AF_UNIX); c.connect('/tmp/blocked'); c.sendall(b'echo'); check('blocked accept', c.recv(9), b'echo')
+open('/tmp/d/new', 'w').close()
+event = os.read(ino, 4096); check('event', (struct.unpack('iIII', event[:16])[0:2], event[16:].rstrip(b'\0')), ((wd, 0x100), b'new'))
+check('next watch', libc.inotify_add_watch(ino, b'/tmp', 0x100), wf + 1)
+s.close(); os.unlink('/tmp/sock')
+";
+    story(program, &[Purpose::Freeze]);
+    story(program, &[Purpose::Freeze, Purpose::Freeze]);
+}
+
+#[test]
+fn after_a_rollback_descriptors_see_the_target_or_an_unlinked_file() {
+    let program = r"
+os.makedirs('/tmp/d'); both = os.open('/tmp/d/both', os.O_CREAT | os.O_RDWR); os.write(both, b'old')
+wait('one')
+os.write(both, b'+new')
+only = os.open('/tmp/d/only', os.O_CREAT | os.O_RDWR); os.write(only, b'mine')
+os.makedirs('/tmp/later/x'); os.chdir('/tmp/later/x'); later = os.open('.', os.O_RDONLY); open('f', 'w').close()
+wait('go')
+check('both', os.pread(both, 99, 0), b'old')
+check('position', os.lseek(both, 0, 1), 7)
+check('only', os.pread(only, 99, 0), b'mine'); os.write(only, b'!'); check('only', os.pread(only, 99, 0), b'mine!')
+check('name', os.path.exists('/tmp/d/only'), False)
+check('directory', os.path.exists('/tmp/later'), False)
+check('listing', (os.listdir(later), os.listdir('.')), ([], []))
+try: open('g', 'w'); check('create', 'done', 'refused')
+except FileNotFoundError: pass
+try: check('cwd', os.getcwd(), None)
+except FileNotFoundError: pass
+check('root', sorted(os.listdir('/tmp')), ['d', 'go'])
+";
+    let mut sandbox = Sandbox::new();
+    let started = sandbox.start(&format!("{WAIT}\n{program}\nprint('ok', flush=True)"));
+    let log = started.log;
+    sandbox.switch_and_drop(Purpose::Freeze);
+    fs::write(sandbox.inside("/tmp/one"), "").unwrap();
+    wait_for(&log, "ready", 2);
+    sandbox.switch_and_drop(Purpose::Discard);
+    fs::write(sandbox.inside("/tmp/go"), "").unwrap();
+    wait_for(&log, "ok", 1);
+}
+
+#[test]
 fn what_was_frozen_never_changes() {
     let mut sandbox = Sandbox::new();
     let program = format!(
@@ -201,9 +292,9 @@ print('ready', flush=True)
 n = 0
 while True: os.write(fd, b'%d\\n' % n); n += 1"
     );
-    drop(sandbox.start(&program).end);
+    let _started = sandbox.start(&program);
     for _ in 0..20 {
-        sandbox.freeze();
+        sandbox.switch_and_drop(Purpose::Freeze);
     }
     let mut sizes = Vec::new();
     for upper in &sandbox.layers[..20] {
