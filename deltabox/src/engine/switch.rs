@@ -57,12 +57,13 @@ pub(super) struct OldRoot {
 }
 
 impl OldRoot {
-    /// Takes it out of the sandbox's tree and drops it. If nothing uses it any more its inodes are torn down: 50 to
-    /// 90 ms for 20,000 of them, so not on a thread that anybody waits for.
-    pub(super) fn drop_slowly(self) {
+    /// Takes it out of the sandbox's tree. To drop what is left tears down its inodes, if nothing uses it any more: 50
+    /// to 90 ms for 20,000 of them, so not on a thread that anybody waits for.
+    pub(super) fn detach(self) -> Root {
         if let Err(error) = self.namespace.detach(&self.root) {
             tracing::warn!(%error, "the old root stays attached until its sandbox ends");
         }
+        self.root
     }
 }
 
@@ -127,6 +128,28 @@ pub(super) fn switch(
     })?;
     span.end_of(Phase::Resume);
     switched
+}
+
+/// Finishes, or undoes, what an engine that died in the middle of a switch has left: all processes are on init's root
+/// then, and only that is in the tree.
+pub(super) fn finish(init: pid_t, group: &Path, deadline: Instant) -> Result<(), SwitchError> {
+    let failed = |what: &str| {
+        let what = what.to_owned();
+        move |source| SwitchError::Failed { what, source }
+    };
+    let namespace = Namespace::of(init).map_err(failed("find the sandbox's mounts"))?;
+    let root = Root::of(init).map_err(failed("find the sandbox's root"))?;
+    namespace.take_off(&root).map_err(failed("take back a root that was not entered"))?;
+    let Some(old) = Root::left(init).map_err(failed("find the old root"))? else { return Ok(()) };
+    let request = Request { group, excluded: &[init], deadline };
+    while_stopped(request, |stopped| {
+        let mut opened = Plan::make(stopped, &old)?.open(&root, Missing::Copied)?;
+        opened.commit(stopped, &namespace)?;
+        drop(opened);
+        // A layer that was discarded need not be sealed, and one that is frozen has no writers any more.
+        let _ = namespace.seal(&old).map_err(failed("seal the old root"))?;
+        namespace.detach(&old).map_err(failed("detach the old root"))
+    })?
 }
 
 fn seal(namespace: &Namespace, from: &Root, purpose: Purpose) -> Result<(), SwitchError> {

@@ -6,19 +6,18 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use super::*;
-use crate::deltafs::layer::{LiveLayer, open_dir};
-use crate::deltafs::overlay::mount_stack;
+use crate::deltafs::layer::{LayerId, RootLook};
+use crate::engine::footing::Footing;
 use crate::engine::{Config, CreateRequest, Engine, ExecRequest, OnDisconnect, Stdio};
 use crate::latency::Operation;
-use crate::sandbox::SandboxId;
-use std::os::fd::AsFd;
+use crate::sandbox::{BaseRef, SandboxId};
 
 struct Sandbox {
     engine: Engine,
     id: SandboxId,
     store: tempfile::TempDir,
-    /// Frozen layers' directories, the lowest first, then the live one's.
-    layers: Vec<PathBuf>,
+    /// Frozen layers, the lowest first, then the live one's.
+    layers: Vec<LayerId>,
 }
 
 impl Sandbox {
@@ -28,7 +27,12 @@ impl Sandbox {
         let (tell, told) = mpsc::channel();
         engine.create(CreateRequest::default(), Box::new(move |result| tell.send(result.unwrap()).unwrap()));
         let report = told.recv().unwrap();
-        Self { engine, id: report.id, store, layers: vec![report.live_layer.join("upper")] }
+        Self {
+            engine,
+            id: report.id,
+            store,
+            layers: vec![report.live_layer.file_name().unwrap().to_str().unwrap().parse().unwrap()],
+        }
     }
 
     /// Starts a program that prints "ready" once it is, and "ok" (or what is wrong) in the end.
@@ -53,15 +57,12 @@ impl Sandbox {
 
     fn switch(&mut self, purpose: Purpose) -> Result<Switched, SwitchError> {
         let report = self.engine.inspect(&self.id).unwrap();
-        let dir = self.store.path().join(format!("next-{}", self.layers.len()));
-        let layer = LiveLayer::create(&dir).unwrap();
-        let base = self.engine.host_base(&[]).unwrap();
         let below = if purpose == Purpose::Discard { &self.layers[..self.layers.len() - 1] } else { &self.layers[..] };
-        let frozen: Vec<_> = below.iter().rev().map(|upper| open_dir(upper).unwrap()).collect();
-        let mut lowers: Vec<_> = frozen.iter().map(AsFd::as_fd).collect();
-        lowers.push(self.engine.0.fixtures.skeleton().as_fd());
-        lowers.push(base.tree.as_fd());
-        let mount = mount_stack(&lowers, Some(layer.top())).unwrap();
+        let below: Vec<_> = below.iter().rev().copied().collect();
+        let layers = &self.engine.0.layers;
+        let layer = layers.create(below.first().copied(), &self.id, None, RootLook::first()).unwrap();
+        let footing = Footing::new(&self.engine, &BaseRef::default()).unwrap();
+        let mount = footing.mount(&self.engine, &below, &layer).unwrap();
         let ground = Ground {
             init: report.init_pid.unwrap(),
             group: &report.cgroup.join("live"),
@@ -76,14 +77,14 @@ impl Sandbox {
             if purpose == Purpose::Discard {
                 self.layers.pop();
             }
-            self.layers.push(dir.join("upper"));
+            self.layers.push(layer.record().id);
         }
         switched
     }
 
     fn switch_and_drop(&mut self, purpose: Purpose) {
         match self.switch(purpose).unwrap() {
-            Switched::Moved { old, .. } => old.drop_slowly(),
+            Switched::Moved { old, .. } => drop(old.detach()),
             Switched::Unchanged { .. } => panic!("not moved"),
         }
     }
@@ -298,7 +299,7 @@ while True: os.write(fd, b'%d\\n' % n); n += 1"
     }
     let mut sizes = Vec::new();
     for upper in &sandbox.layers[..20] {
-        let text = fs::read_to_string(upper.join("tmp/log")).unwrap();
+        let text = fs::read_to_string(sandbox.engine.0.layers.upper(*upper).join("tmp/log")).unwrap();
         let lines: Vec<usize> = text.lines().map(|line| line.parse().unwrap()).collect();
         assert_eq!(lines, (0..lines.len()).collect::<Vec<_>>(), "lines are lost or twice in {upper:?}");
         sizes.push(text.len());
