@@ -11,3 +11,6 @@ pub mod layers;
 pub mod overlay;
 pub mod remove;
 pub mod sync;
+#[cfg(test)]
+mod testing;
+pub mod view;
