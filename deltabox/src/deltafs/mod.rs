@@ -3,6 +3,7 @@
 //! Owns what lies in layers, how they are stacked and mounted, and what a base is made of. Does not know
 //! processes: a mount made here is handed to the sandbox as a descriptor.
 
+pub mod diff;
 pub mod fixtures;
 pub mod hostbase;
 pub mod imported;

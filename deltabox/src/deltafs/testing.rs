@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown, symlink};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use nix::sys::stat::{Mode, SFlag, mknod};
 use proptest::prelude::*;
@@ -59,7 +60,7 @@ pub(super) fn op() -> impl Strategy<Value = Op> {
         2 => (i, b).prop_map(|(at, byte)| Op::Append(at, byte)),
         1 => (i, b).prop_map(|(at, byte)| Op::Overwrite(at, byte)),
         4 => (i, b).prop_map(|(at, name)| Op::Mkdir(at, name)),
-        8 => (i, i, b).prop_map(|(from, to, name)| Op::Rename(from, to, name)),
+        10 => (i, i, b).prop_map(|(from, to, name)| Op::Rename(from, to, name)),
         2 => i.prop_map(Op::Unlink),
         2 => (i, any::<bool>()).prop_map(|(at, again)| Op::RemoveDir(at, again)),
         1 => (i, i, b).prop_map(|(from, to, name)| Op::Link(from, to, name)),
@@ -107,7 +108,7 @@ pub(super) fn run_cases<S: Strategy>(n_cases: u64, strategy: S, case: impl Fn(S:
 
 /// Layers over a base, each written through a mount of what was there before.
 pub(super) struct Grown {
-    pub(super) scratch: tempfile::TempDir,
+    pub(super) scratch: Rc<tempfile::TempDir>,
     /// Uppers and at last the base, the topmost first.
     pub(super) dirs: Vec<PathBuf>,
 }
@@ -120,19 +121,29 @@ impl Grown {
             // An operation that makes no sense here fails, as it does for a program.
             let _ = op.play(&grown.dirs[0]);
         }
-        for ops in &layers[1..] {
-            grown.layer(|root| {
+        grown.grow(&layers[1..]);
+        grown
+    }
+
+    /// Adds a layer for each of the lists of operations.
+    pub(super) fn grow(&mut self, layers: &[Vec<Op>]) {
+        for ops in layers {
+            self.layer(|root| {
                 for op in ops {
                     let _ = op.play(root);
                 }
             });
         }
-        grown
+    }
+
+    /// Another state that has all layers in common so far.
+    pub(super) fn branch(&self) -> Self {
+        Self { scratch: Rc::clone(&self.scratch), dirs: self.dirs.clone() }
     }
 
     /// An empty base.
     pub(super) fn bare() -> Self {
-        let scratch = tempfile::tempdir().unwrap();
+        let scratch = Rc::new(tempfile::tempdir().unwrap());
         let base = scratch.path().join("base");
         fs::create_dir(&base).unwrap();
         lchown(&base, Some(HOST_ID_BASE), Some(HOST_ID_BASE)).unwrap();
@@ -146,8 +157,8 @@ impl Grown {
 
     /// The same; `act` gets the directories too, the live one first.
     pub(super) fn with_live(&mut self, act: impl FnOnce(&Path, &[PathBuf])) {
-        let n = self.dirs.len();
-        let (upper, work) = (self.scratch.path().join(format!("u{n}")), self.scratch.path().join(format!("w{n}")));
+        let layer = tempfile::tempdir_in(self.scratch.path()).unwrap().keep();
+        let (upper, work) = (layer.join("upper"), layer.join("work"));
         fs::create_dir(&upper).unwrap();
         fs::create_dir(&work).unwrap();
         lchown(&upper, Some(HOST_ID_BASE), Some(HOST_ID_BASE)).unwrap();
@@ -215,7 +226,7 @@ impl Op {
             n => Ok(root.join(&rest[usize::from(index) % n])),
         };
         let fresh = |dir: u16, name: u8| {
-            let name = ["a", "b", "c", "d", "e", "f"][usize::from(name) % 6];
+            let name = ["a", "b", "c", "d", "e", "f", "g", "h", "i"][usize::from(name) % 9];
             root.join(dirs[usize::from(dir) % dirs.len()]).join(name)
         };
         let own = |path: &Path| lchown(path, Some(HOST_ID_BASE), Some(HOST_ID_BASE));

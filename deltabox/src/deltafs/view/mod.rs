@@ -73,6 +73,11 @@ impl<'a> View<'a> {
         Self { layers, n_top }
     }
 
+    /// The top ones of its layers.
+    pub(super) fn top_layers(&self) -> &'a [BorrowedFd<'a>] {
+        &self.layers[..self.n_top]
+    }
+
     /// Its root directory.
     pub fn root(&self) -> Node {
         self.root_from(0)
