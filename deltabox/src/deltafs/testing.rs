@@ -17,6 +17,7 @@ use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRu
 use super::fixtures::path_of;
 use super::layer::open_dir;
 use super::overlay::{Top, mount_stack};
+use super::view::entry::read_xattrs;
 use super::view::place;
 use crate::sandbox::idmap::HOST_ID_BASE;
 use crate::sys::fs::set_xattr;
@@ -342,10 +343,10 @@ pub(super) fn look(root: &Path) -> BTreeMap<PathBuf, Look> {
         let dir = open_dir(full.parent().unwrap()).unwrap();
         let name = full.file_name().map_or(Path::new("."), Path::new);
         let xattrs = if path.as_os_str().is_empty() {
-            super::view::read_xattrs(open_dir(&full).unwrap().as_fd()).unwrap()
+            read_xattrs(open_dir(&full).unwrap().as_fd()).unwrap()
         } else {
             let fd = place::open(dir.as_fd(), name, nix::fcntl::OFlag::O_PATH).unwrap();
-            super::view::read_xattrs(fd.as_fd()).unwrap()
+            read_xattrs(fd.as_fd()).unwrap()
         };
         let look = Look {
             mode: meta.mode(),

@@ -191,24 +191,33 @@ pub(super) fn find(from: &Side<'_>, to: &Side<'_>, contents: bool) -> Result<Fou
     for (old, new) in &dirs {
         search.directory(old.as_deref(), new.as_deref(), &mut found)?;
     }
-    let stand_for_all = |side: &Side<'_>, paths: &BTreeSet<PathBuf>, pure: bool| -> Result<Vec<PathBuf>, DiffError> {
-        let mut tops = Vec::new();
-        for path in paths {
-            if side.directory(path)?.is_some_and(|node| !pure || node.below(&side.view).is_some()) {
-                tops.push(path.clone());
+    let stand_for_all =
+        |side: &Side<'_>, paths: &BTreeSet<PathBuf>, pure: bool| -> Result<BTreeSet<PathBuf>, DiffError> {
+            let mut tops = BTreeSet::new();
+            for path in paths {
+                if side.directory(path)?.is_some_and(|node| !pure || node.below(&side.view).is_some()) {
+                    tops.insert(path.clone());
+                }
             }
-        }
-        Ok(tops)
-    };
+            Ok(tops)
+        };
     // What is new in a directory that is new itself lies in the layers that are read anyway; what is in one that is
     // gone, or that came back from the common part, does not.
     for (matching, paths, pure) in [(&search.old, &mut found.deleted, false), (&search.new, &mut found.added, true)] {
-        let tops = stand_for_all(matching.here, paths, pure)?;
-        for top in tops {
-            if contents {
+        let mut covering = stand_for_all(matching.here, paths, pure)?;
+        if contents {
+            for top in covering {
                 matching.expand(&top, paths)?;
+            }
+            continue;
+        }
+        // Parents come first. What was moved out of a directory that is gone has partners, and what is in it parents
+        // that do.
+        for path in std::mem::take(paths) {
+            if path.parent().is_some_and(|parent| covering.contains(parent)) {
+                covering.insert(path);
             } else {
-                paths.retain(|path| path == &top || !path.starts_with(&top));
+                paths.insert(path);
             }
         }
     }

@@ -92,6 +92,7 @@ fn check(old: &BTreeMap<PathBuf, Look>, new: &BTreeMap<PathBuf, Look>, changes: 
     let relative = |path: &str| PathBuf::from(&path[1..]);
     let of = |what: What| changes.iter().filter(move |change| change.change == what);
     let deleted: BTreeSet<_> = of(What::Deleted).map(|change| relative(&change.path)).collect();
+    let types: BTreeSet<_> = of(What::TypeChanged).map(|change| relative(&change.path)).collect();
     let added: BTreeSet<_> = of(What::Added).map(|change| relative(&change.path)).collect();
     let renamed: BTreeMap<_, _> =
         changes.iter().filter_map(|change| Some((relative(change.from.as_deref()?), relative(&change.path)))).collect();
@@ -110,7 +111,9 @@ fn check(old: &BTreeMap<PathBuf, Look>, new: &BTreeMap<PathBuf, Look>, changes: 
             None => Some(PathBuf::new()),
             Some((parent, name)) => {
                 assert!(!contents || places.contains_key(parent), "{path:?} was in a deleted directory; not told");
-                places.get(parent).map(|parent| parent.join(name))
+                // A directory that has become something else stands for what was in it, too.
+                let parent = places.get(parent).filter(|parent| contents || !types.contains(*parent));
+                parent.map(|parent| parent.join(name))
             }
         };
         if let Some(place) = place {
@@ -125,7 +128,8 @@ fn check(old: &BTreeMap<PathBuf, Look>, new: &BTreeMap<PathBuf, Look>, changes: 
         assert_eq!(told, expected(&old[*old_path], look), "told (left) of {old_path:?}, now {new_path:?}");
     }
     for path in new.keys().filter(|path| !explained.contains(path.as_path())) {
-        let is_told = added.contains(path) || !contents && path.ancestors().any(|dir| added.contains(dir));
+        let is_told =
+            added.contains(path) || !contents && path.ancestors().any(|dir| added.contains(dir) || types.contains(dir));
         assert!(is_told, "{path:?} is new; not told");
     }
     for path in added.iter().chain(others.keys()) {

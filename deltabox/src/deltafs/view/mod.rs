@@ -11,7 +11,7 @@
 //! Nothing is cached and no descriptor is held between calls, so a view of a live layer sees what is there now: each
 //! answer is true of its moment, a walk of many is not a snapshot.
 
-mod entry;
+pub(in crate::deltafs) mod entry;
 pub(in crate::deltafs) mod place;
 #[cfg(test)]
 mod tests;
@@ -22,7 +22,6 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
-pub(in crate::deltafs) use entry::read_xattrs;
 pub use entry::{Entry, Kind};
 use place::{Merge, Said};
 

@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::*;
-use crate::deltafs::testing::{self, Grown, Look, Opened, layers, run_cases, skipped_without_root};
+use crate::deltafs::testing::{Grown, Look, Opened, layers, run_cases, skipped_without_root};
 
 /// Everything that the view shows, in the words of the comparison.
 fn look(view: &View<'_>) -> BTreeMap<PathBuf, Look> {
