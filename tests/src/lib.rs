@@ -170,6 +170,15 @@ impl Host {
         self
     }
 
+    /// The same store with a fresh daemon that has this environment.
+    #[must_use]
+    pub fn restart_with(mut self, env: &[(&str, &str)]) -> Self {
+        self.end_daemon(Signal::SIGTERM);
+        self.env = env.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        self.start_daemon();
+        self
+    }
+
     /// What environment points commands to this daemon.
     pub fn environment(&self) -> Vec<(&'static str, PathBuf)> {
         vec![

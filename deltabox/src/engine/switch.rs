@@ -109,7 +109,7 @@ pub(super) fn switch(
             Purpose::Freeze => Missing::Copied,
             Purpose::Discard => Missing::Left,
         };
-        let plan = Plan::make(stopped, &from)?;
+        let plan = Plan::make(stopped, &from, &from)?;
         clock.end_of(Phase::Plan);
         let mut opened = plan.open(&to, missing)?;
         clock.end_of(Phase::Open);
@@ -132,7 +132,7 @@ pub(super) fn switch(
 
 /// Finishes, or undoes, what an engine that died in the middle of a switch has left: all processes are on init's root
 /// then, and only that is in the tree.
-pub(super) fn finish(init: pid_t, group: &Path, deadline: Instant) -> Result<(), SwitchError> {
+pub(super) fn finish(init: pid_t, group: &Path, purpose: Purpose, deadline: Instant) -> Result<(), SwitchError> {
     let failed = |what: &str| {
         let what = what.to_owned();
         move |source| SwitchError::Failed { what, source }
@@ -142,8 +142,12 @@ pub(super) fn finish(init: pid_t, group: &Path, deadline: Instant) -> Result<(),
     namespace.take_off(&root).map_err(failed("take back a root that was not entered"))?;
     let Some(old) = Root::left(init).map_err(failed("find the old root"))? else { return Ok(()) };
     let request = Request { group, excluded: &[init], deadline };
+    let missing = match purpose {
+        Purpose::Freeze => Missing::CopiedLate,
+        Purpose::Discard => Missing::Copied,
+    };
     while_stopped(request, |stopped| {
-        let mut opened = Plan::make(stopped, &old)?.open(&root, Missing::Copied)?;
+        let mut opened = Plan::make(stopped, &root, &old)?.open(&root, missing)?;
         opened.commit(stopped, &namespace)?;
         drop(opened);
         // A layer that was discarded need not be sealed, and one that is frozen has no writers any more.
@@ -170,7 +174,7 @@ fn seal(namespace: &Namespace, from: &Root, purpose: Purpose) -> Result<(), Swit
 /// Back to the root that was left. What was copied stays with its holders.
 fn go_back(stopped: &mut Stopped, namespace: &Namespace, from: &Root, to: &Root, reason: SwitchError) -> SwitchError {
     let mut go = || -> Result<(), SwitchError> {
-        let mut opened = Plan::make(stopped, from)?.open(to, Missing::Left)?;
+        let mut opened = Plan::make(stopped, from, from)?.open(to, Missing::Left)?;
         namespace.pivot(from, to).map_err(|source| SwitchError::Failed { what: "pivot back".to_owned(), source })?;
         opened.commit(stopped, namespace)?;
         namespace.detach(from).map_err(|source| SwitchError::Failed { what: "detach".to_owned(), source })
