@@ -12,6 +12,7 @@
 )]
 
 pub mod bench;
+pub mod disk;
 pub mod leftovers;
 pub mod terminal;
 
