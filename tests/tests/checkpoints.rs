@@ -322,6 +322,30 @@ fn removed_checkpoints_and_sandboxes_free_their_layers() {
 }
 
 #[test]
+fn a_removal_that_is_cut_short_leaves_a_checkpoint_that_can_be_used_and_removed() {
+    if skipped_without_root() {
+        return;
+    }
+    let host = Host::start();
+    host.create("box");
+    for n in 1..4 {
+        host.sh("box", &format!("echo {n} > /srv/n")).ok();
+        checkpoint(&host);
+    }
+    let mut host = host.restart_with(&[("DELTABOX_FAULT", "tree.remove:kill")]);
+    assert!(!host.cli(["rm", "box@c2"]).status.success());
+    host.wait_daemon();
+    let host = host.restart_without_faults();
+    for n in [2, 3, 1] {
+        rollback(&host, &format!("c{n}"));
+        assert_eq!(host.sh("box", "cat /srv/n").ok(), n.to_string());
+    }
+    host.cli(["rm", "box@c2"]).ok();
+    rollback(&host, "c3");
+    assert_eq!(host.sh("box", "cat /srv/n").ok(), "3");
+}
+
+#[test]
 fn what_cannot_be_done_is_refused_with_a_reason() {
     if skipped_without_root() {
         return;
