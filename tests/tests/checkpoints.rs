@@ -1,7 +1,5 @@
 //! Checkpoints and rollbacks of files, as a user sees them.
 
-#![expect(clippy::print_stdout, reason = "tells which step a failure belongs to")]
-
 use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

@@ -20,8 +20,9 @@ use crate::deltacr::stop::{Process, Stopped};
 use crate::sandbox::root::{LANDING, Root};
 use crate::sys::maps::next_shared_file;
 use crate::sys::process::{Compared, compare, pidfd_getfd, pidfd_open_thread};
-use crate::sys::socket::name_of;
+
 use crate::sys::stat::{Stat, stat, stat_path};
+use crate::sys::unix::name_of;
 
 /// What d_path puts behind the name of a file that has none any more.
 const DELETED: &[u8] = b" (deleted)";

@@ -3,6 +3,7 @@
 //! A link across overlays is refused, so is a reflink (EXDEV, Linux 6.18). Those that are only read stay where they
 //! are: the old mount keeps them, and sealed it lets nobody write.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
@@ -62,10 +63,11 @@ impl Copies {
         if !self.written.contains(&identity) {
             return Ok(None);
         }
-        if !self.made.contains_key(&identity) {
-            self.made.insert(identity, copy(place, old, to)?);
-        }
-        Ok(self.made.get(&identity).map(AsFd::as_fd))
+        let made: &OwnedFd = match self.made.entry(identity) {
+            Entry::Occupied(made) => made.into_mut(),
+            Entry::Vacant(free) => free.insert(copy(place, old, to)?),
+        };
+        Ok(Some(made.as_fd()))
     }
 }
 
