@@ -73,8 +73,7 @@ impl<'a> Hand<'a> {
         let thread = first_thread(stopped, pid)?;
         let tid = thread.tid;
         let failed = |op: &'static str| move |source: io::Error| thread_error(op, pid, tid, source);
-        // The selector of 64-bit code (__USER_CS).
-        if thread.registers.cs != 0x33 {
+        if thread.registers.cs != interrupted::CODE_64 {
             return Err(InjectRefusal::ForeignArchitecture { pid }.into());
         }
         let memory = Memory::open(pid, tid).map_err(failed("open the memory of"))?;

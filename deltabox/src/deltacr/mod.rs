@@ -6,10 +6,13 @@ mod alarm;
 mod area;
 mod error;
 mod frame;
+mod halt;
 pub mod inject;
 mod interrupted;
 pub mod rebase;
 pub mod stop;
 mod tasks;
+mod timeouts;
+mod waits;
 
 pub use error::{InjectError, InjectRefusal, StopError, StopRefusal};

@@ -13,7 +13,7 @@ use super::create::{drive_to_the_end, register};
 use super::driver::{Life, Mail};
 use super::manifest::Manifest;
 use super::store::{DAMAGED, REMOVING};
-use super::switch::finish;
+use super::switch::{Purpose, finish};
 use super::tree::Tree;
 use super::{Engine, Error};
 use crate::deltafs::layer::Record;
@@ -122,7 +122,11 @@ fn settle(engine: &Engine, manifest: &mut Manifest, tree: &Tree, life: Option<&L
     let live = match life {
         Some(life) => {
             let group = manifest.cgroups.unified.join("live");
-            finish(life.init.pid, &group, Instant::now() + DEADLINE).map_err(|error| io(io::Error::other(error)))?;
+            // A checkpoint's next layer lies above the live one, a rollback's does not.
+            let parent = next.and_then(|next| engine.0.layers.load(next).ok()).and_then(|layer| layer.record().parent);
+            let purpose = if parent == Some(manifest.live) { Purpose::Freeze } else { Purpose::Discard };
+            finish(life.init.pid, &group, purpose, Instant::now() + DEADLINE)
+                .map_err(|error| io(io::Error::other(error)))?;
             let at = root::upper_of(life.init.pid).map_err(io)?;
             next.filter(|next| at.parent().and_then(Path::file_name) == Some(next.to_string().as_ref()))
         }

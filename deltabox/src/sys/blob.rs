@@ -37,6 +37,9 @@ pub mod slot {
 #[cfg(target_arch = "x86_64")]
 global_asm!(
     ".pushsection .rodata.deltabox_blob, \"a\", @progbits",
+    // Global, for link-time optimization puts this and what refers to it into different objects.
+    ".globl dbx_boot, dbx_boot_end, dbx_batch, dbx_batch_end",
+    ".hidden dbx_boot, dbx_boot_end, dbx_batch, dbx_batch_end",
     // rt_sigprocmask(how, set, NULL, 8); mov and lea leave the flags alone.
     ".macro dbx_mask how, set",
     "mov $14, %eax",

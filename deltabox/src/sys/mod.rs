@@ -19,6 +19,7 @@ pub mod socket;
 pub mod stat;
 pub mod steps;
 pub mod tty;
+pub mod unix;
 
 use std::io;
 

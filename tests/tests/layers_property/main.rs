@@ -2,7 +2,7 @@
 //!
 //! A failure prints its seed: `DELTABOX_SEED=N` repeats it. `DELTABOX_CASES=N` sets how many cases (default 8; 100 in soak).
 
-#![expect(clippy::unwrap_used, clippy::panic, clippy::print_stdout, reason = "a test: a broken assumption ends it")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test: a broken assumption ends it")]
 
 mod model;
 

@@ -121,6 +121,11 @@ impl Model {
     }
 
     pub(crate) fn unlink(&mut self, path: &str) {
+        // In a frozen layer each name has an inode of its own as soon as somebody looks: who has it open keeps that.
+        let is_open = |fd: &Fd| !fd.apart && fd.name.as_deref() == Some(path);
+        if self.fds.values().any(is_open) {
+            self.split(path);
+        }
         self.files.names.remove(path);
         self.lose_name(path);
     }

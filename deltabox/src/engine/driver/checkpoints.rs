@@ -9,7 +9,7 @@
 //! init's root which one it is on (`engine/recover.rs`).
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -64,24 +64,22 @@ impl Driver {
             armed = Some(arm.arm(live.root_look().map_err(io_error("look at the root of", dir))?)?);
         }
         let ground = Ground { init, group: &group, deadline: Instant::now() + DEADLINE };
-        let mut used = None;
         let next = || {
             if live.is_unchanged()? {
                 return Ok(None);
             }
             let look = live.root_look()?;
-            let next = match armed.take() {
+            let next = match &armed {
                 Some(next) => next,
-                None => arm.arm(look.clone()).map_err(io::Error::other)?,
+                None => armed.insert(arm.arm(look.clone()).map_err(io::Error::other)?),
             };
-            if next.layer.record().root != look {
-                look.apply(std::os::fd::AsFd::as_fd(&next.mount))?;
+            if RootLook::of(next.mount.as_fd())? != look {
+                look.apply(next.mount.as_fd())?;
             }
-            used = Some(next.layer);
-            Ok(Some(next.mount))
+            next.mount.try_clone().map(Some)
         };
         let switched = switch(&ground, Purpose::Freeze, next, span);
-        let switched = self.after_switch(switched, used, armed.map(|armed| armed.layer), "checkpoint")?;
+        let switched = self.after_switch(switched, armed.map(|armed| armed.layer), "checkpoint")?;
         let (frozen, measured, old) = measured_of(switched);
         let record = |live: &LiveLayer| live.record().clone();
         let Some(now) = self.live.as_ref().map(record) else { return Err(Error::ShuttingDown) };
@@ -162,14 +160,8 @@ impl Driver {
         let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: target.id };
         let Armed { layer, mount } = arm.arm(target.root.clone())?;
         let ground = Ground { init, group: &group, deadline: Instant::now() + DEADLINE };
-        let mut used = None;
-        let mut armed = Some(layer);
-        let next = || {
-            used = armed.take();
-            Ok(Some(mount))
-        };
-        let switched = switch(&ground, Purpose::Discard, next, span);
-        let switched = self.after_switch(switched, used, armed, "roll back")?;
+        let switched = switch(&ground, Purpose::Discard, || mount.try_clone().map(Some), span);
+        let switched = self.after_switch(switched, Some(layer), "roll back")?;
         let (_, measured, old) = measured_of(switched);
         self.manifest.head = Some(target.id);
         self.manifest.epoch += 1;
@@ -254,16 +246,15 @@ impl Driver {
         Ok(())
     }
 
-    /// Takes the outcome in: on the next layer, or where it was. `unused` goes.
+    /// Takes the outcome in: on the next layer, or where it was; then the next layer goes.
     fn after_switch(
         &mut self,
         switched: Result<Switched, SwitchError>,
-        used: Option<LiveLayer>,
-        unused: Option<LiveLayer>,
+        next: Option<LiveLayer>,
         what: &str,
     ) -> Result<Switched, Error> {
         let moved = matches!(switched, Ok(Switched::Moved { .. }) | Err(SwitchError::Lost { .. }));
-        let (taken, left) = if moved { (used, unused) } else { (None, used.or(unused)) };
+        let (taken, left) = if moved { (next, None) } else { (None, next) };
         if let Some(layer) = taken {
             self.manifest.live = layer.record().id;
             self.live = Some(layer);
@@ -276,7 +267,7 @@ impl Driver {
         self.show();
         let id = self.manifest.id.clone();
         switched.map_err(|error| match error {
-            SwitchError::Refused { why, hint } => Error::Refused { what: format!("{what} `{id}`"), why, hint },
+            SwitchError::Refused { why, hint, .. } => Error::Refused { what: format!("{what} `{id}`"), why, hint },
             SwitchError::Failed { what: step, source } => {
                 Error::Switch { what: format!("{what} `{id}`: {step}"), source }
             }

@@ -18,6 +18,7 @@ struct Sandbox {
     store: tempfile::TempDir,
     /// Frozen layers, the lowest first, then the live one's.
     layers: Vec<LayerId>,
+    patience: Duration,
 }
 
 impl Sandbox {
@@ -32,6 +33,7 @@ impl Sandbox {
             id: report.id,
             store,
             layers: vec![report.live_layer.file_name().unwrap().to_str().unwrap().parse().unwrap()],
+            patience: Duration::from_secs(20),
         }
     }
 
@@ -66,10 +68,10 @@ impl Sandbox {
         let ground = Ground {
             init: report.init_pid.unwrap(),
             group: &report.cgroup.join("live"),
-            deadline: Instant::now() + Duration::from_secs(20),
+            deadline: Instant::now() + self.patience,
         };
         let mut span = Span::begin(Operation::Checkpoint);
-        let switched = switch(&ground, purpose, || Ok(Some(mount)), &mut span);
+        let switched = switch(&ground, purpose, || mount.try_clone().map(Some), &mut span);
         for (phase, took) in span.phases() {
             println!("{phase}: {} us", took.as_micros());
         }
@@ -249,6 +251,32 @@ s.close(); os.unlink('/tmp/sock')
 ";
     story(program, &[Purpose::Freeze]);
     story(program, &[Purpose::Freeze, Purpose::Freeze]);
+}
+
+#[test]
+fn a_connection_that_waits_is_waited_for_and_one_that_nobody_accepts_is_a_refusal() {
+    let program = r"
+import socket
+s = socket.socket(socket.AF_UNIX); s.bind('/tmp/sock'); s.listen(8)
+cs = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+for c in cs: c.connect('/tmp/sock'); c.sendall(b'hi')
+print('ready', flush=True)
+if MODE == 'late': time.sleep(0.3)
+while MODE == 'never' and not os.path.exists('/tmp/go'): time.sleep(0.01)
+for _ in cs: a, _ = s.accept(); check('accepted', a.recv(9), b'hi')
+while not os.path.exists('/tmp/go'): time.sleep(0.002)
+c.close(); c = socket.socket(socket.AF_UNIX); c.connect('/tmp/sock'); s.accept()
+";
+    story(&format!("MODE = 'late'\n{program}"), &[Purpose::Freeze]);
+    let mut sandbox = Sandbox::new();
+    sandbox.patience = Duration::from_millis(300);
+    let started = sandbox.start(&format!("{WAIT}\nMODE = 'never'\n{program}\nprint('ok', flush=True)"));
+    match sandbox.switch(Purpose::Freeze) {
+        Err(SwitchError::Refused { why, .. }) => assert!(why.contains("not accepted"), "{why}"),
+        other => panic!("{other:?}"),
+    }
+    fs::write(sandbox.inside("/tmp/go"), "").unwrap();
+    wait_for(&started.log, "ok", 1);
 }
 
 #[test]

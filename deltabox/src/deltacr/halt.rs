@@ -1,0 +1,320 @@
+//! The way to a stop: find the threads, seize and interrupt them, wait for each, until none is new.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use libc::pid_t;
+use nix::sys::ptrace;
+use nix::unistd::Pid;
+
+use super::error::{StopError, StopRefusal};
+use super::stop::{Process, Request, Stopped, Thread};
+use super::waits::Waits;
+use super::{tasks, timeouts};
+use crate::sys::ptrace::{get_signal_mask, resume, wait_thread};
+
+/// After so long a thread that has not stopped is looked at (chosen: stops take 10 to 200 us; too short a time
+/// only costs a look).
+pub(super) const PATIENCE: Duration = Duration::from_millis(2);
+/// How often it is looked at again, and the deadline (chosen).
+pub(super) const TICK: Duration = Duration::from_millis(1);
+/// How long, after a refusal, threads that can halt may take to do so (chosen: they need their turn on a CPU).
+const CALM: Duration = Duration::from_millis(200);
+
+/// What a wait for a thread that was interrupted found.
+pub(super) enum Halt {
+    Halted {
+        group_stopped: bool,
+    },
+    Ended,
+    /// Neither, and it sleeps uninterruptibly.
+    Stuck,
+}
+
+pub(super) fn settle(stopped: &mut Stopped, request: Request<'_>) -> Result<(), StopError> {
+    let procs = request.group.join("cgroup.procs");
+    let mut n_clean_scans = 0;
+    let mut late = false;
+    loop {
+        let n_new = seize_new(stopped, &procs, request.excluded)?;
+        if n_new > 0 {
+            n_clean_scans = 0;
+            // After the deadline nothing new is begun, but what was interrupted is waited for: it can be let go then.
+            late = Instant::now() >= request.deadline;
+        }
+        let stuck = wait_all(stopped, request.deadline)?;
+        if !stuck.is_empty() {
+            stopped.release();
+            for (pid, tid) in stuck {
+                wait_unstuck(stopped, pid, tid, request.deadline)?;
+            }
+            seize_released(stopped);
+            n_clean_scans = 0;
+            continue;
+        }
+        if n_new == 0 {
+            n_clean_scans += 1;
+        }
+        if n_clean_scans >= 2 {
+            if check_halted(stopped)? {
+                return Ok(());
+            }
+            n_clean_scans = 0;
+        }
+        if late {
+            return Err(StopRefusal::Unsettled { n_threads: stopped.n_threads() }.into());
+        }
+    }
+}
+
+/// Forgets the threads that were let go: the next scan finds those that still live.
+fn seize_released(stopped: &mut Stopped) {
+    for process in &mut stopped.processes {
+        process.threads.retain(|thread| thread.halted);
+    }
+    stopped.processes.retain(|process| !process.threads.is_empty());
+}
+
+/// Seizes and interrupts what is not seized yet; how many threads that were.
+fn seize_new(stopped: &mut Stopped, procs: &Path, excluded: &[pid_t]) -> Result<usize, StopError> {
+    let group = |source| StopError::Group { op: "read", path: PathBuf::from(procs), source };
+    let mut n_new = 0;
+    for pid in tasks::scan_group(procs).map_err(group)? {
+        if excluded.contains(&pid) {
+            continue;
+        }
+        let tids = tasks::scan_threads(pid).map_err(|source| StopError::Thread {
+            op: "list threads of",
+            pid,
+            tid: pid,
+            source,
+        })?;
+        let at = match stopped.processes.iter().position(|process| process.pid == pid) {
+            Some(at) => at,
+            None => {
+                stopped.processes.push(Process { pid, threads: Vec::new() });
+                stopped.processes.len() - 1
+            }
+        };
+        for tid in tids {
+            if stopped.processes[at].threads.iter().any(|thread| thread.tid == tid) || !seize(pid, tid)? {
+                continue;
+            }
+            let registers = super::frame::zero_registers();
+            let thread = Thread { tid, registers, group_stopped: false, halted: false };
+            stopped.processes[at].threads.push(thread);
+            n_new += 1;
+        }
+    }
+    Ok(n_new)
+}
+
+/// Seizes and interrupts one thread; `false` if there is nothing to stop (it is dead).
+///
+/// Without PTRACE_O_SUSPEND_SECCOMP: the thread still runs, and would run unfiltered until it stops. The hand sets it.
+fn seize(pid: pid_t, tid: pid_t) -> Result<bool, StopError> {
+    let failed = |op: &'static str| move |source: io::Error| StopError::Thread { op, pid, tid, source };
+    match ptrace::seize(Pid::from_raw(tid), ptrace::Options::empty()) {
+        Ok(()) => {}
+        Err(nix::Error::ESRCH) => return Ok(false),
+        Err(nix::Error::EPERM) => {
+            let stat = tasks::read_stat(pid, tid).map_err(failed("read the state of"))?;
+            if stat.is_none_or(|stat| matches!(stat.state, 'Z' | 'X')) {
+                return Ok(false);
+            }
+            let Some(tracer) = tasks::read_tracer(pid, tid).map_err(failed("read the tracer of"))? else {
+                return Ok(false);
+            };
+            if tracer == 0 {
+                // Its tracer let go in between, or we lack the right.
+                return match ptrace::seize(Pid::from_raw(tid), ptrace::Options::empty()) {
+                    Ok(()) => interrupt(pid, tid),
+                    Err(error) => Err(failed("seize")(error.into())),
+                };
+            }
+            if tracer != nix::unistd::gettid().as_raw() && tracer != nix::unistd::getpid().as_raw() {
+                return Err(StopRefusal::TracedInside { pid, tracer }.into());
+            }
+            // Ours under another name: it took over the leader's at an exec.
+        }
+        Err(error) => return Err(failed("seize")(error.into())),
+    }
+    interrupt(pid, tid)
+}
+
+pub(super) fn interrupt(pid: pid_t, tid: pid_t) -> Result<bool, StopError> {
+    match ptrace::interrupt(Pid::from_raw(tid)) {
+        Ok(()) => Ok(true),
+        Err(nix::Error::ESRCH) => Ok(false),
+        Err(error) => Err(StopError::Thread { op: "interrupt", pid, tid, source: error.into() }),
+    }
+}
+
+/// Waits for every thread that was interrupted; the stuck ones.
+fn wait_all(stopped: &mut Stopped, deadline: Instant) -> Result<Vec<(pid_t, pid_t)>, StopError> {
+    let mut stuck = Vec::new();
+    for process in &mut stopped.processes {
+        let pid = process.pid;
+        let mut at = 0;
+        while let Some(thread) = process.threads.get_mut(at) {
+            if thread.halted {
+                at += 1;
+                continue;
+            }
+            match wait_halt(pid, thread.tid, deadline)? {
+                Halt::Halted { group_stopped } => {
+                    thread.halted = true;
+                    thread.group_stopped = group_stopped;
+                    // Not stopped any more if it was killed since: the look at all of them finds that.
+                    match read_thread(pid, thread, &mut stopped.kept.waits) {
+                        Ok(()) | Err(nix::Error::ESRCH) => at += 1,
+                        Err(error) => {
+                            let (op, tid) = ("read registers of", thread.tid);
+                            return Err(StopError::Thread { op, pid, tid, source: error.into() });
+                        }
+                    }
+                }
+                Halt::Ended => drop(process.threads.remove(at)),
+                Halt::Stuck => {
+                    stuck.push((pid, thread.tid));
+                    at += 1;
+                }
+            }
+        }
+    }
+    Ok(stuck)
+}
+
+/// Waits for a thread that sleeps uninterruptibly, while all others run.
+fn wait_unstuck(stopped: &mut Stopped, pid: pid_t, tid: pid_t, deadline: Instant) -> Result<(), StopError> {
+    loop {
+        let halt = wait_halt(pid, tid, deadline)?;
+        let Some(process) = stopped.processes.iter_mut().find(|process| process.pid == pid) else { return Ok(()) };
+        match halt {
+            Halt::Halted { group_stopped } => {
+                for thread in process.threads.iter_mut().filter(|thread| thread.tid == tid) {
+                    (thread.halted, thread.group_stopped) = (true, group_stopped);
+                    match read_thread(pid, thread, &mut stopped.kept.waits) {
+                        Ok(()) | Err(nix::Error::ESRCH) => {}
+                        Err(error) => {
+                            return Err(StopError::Thread { op: "read registers of", pid, tid, source: error.into() });
+                        }
+                    }
+                }
+                return Ok(());
+            }
+            Halt::Ended => {
+                process.threads.retain(|thread| thread.tid != tid);
+                return Ok(());
+            }
+            Halt::Stuck if Instant::now() >= deadline => return Err(refuse(pid, tid).into()),
+            Halt::Stuck => {}
+        }
+    }
+}
+
+/// Waits until an interrupted thread halts where the kernel is about to return to it and handle signals.
+pub(super) fn wait_halt(pid: pid_t, tid: pid_t, deadline: Instant) -> Result<Halt, StopError> {
+    let failed = |op: &'static str| move |source: io::Error| StopError::Thread { op, pid, tid, source };
+    loop {
+        let status = match wait_thread(tid, 0) {
+            Ok(Some(status)) => status,
+            Ok(None) => continue,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {
+                let state = tasks::read_stat(pid, tid).map_err(failed("read the state of"))?.map(|stat| stat.state);
+                match state {
+                    // A leader that ended before its threads is not reported until they end.
+                    None | Some('Z' | 'X') => return Ok(Halt::Ended),
+                    Some('D') => return Ok(Halt::Stuck),
+                    Some(_) if Instant::now() >= deadline => return Err(refuse(pid, tid).into()),
+                    Some(_) => continue,
+                }
+            }
+            Err(error) if error.raw_os_error() == Some(libc::ECHILD) => return Ok(Halt::Ended),
+            Err(error) => return Err(failed("wait for")(error)),
+        };
+        if !libc::WIFSTOPPED(status) {
+            return Ok(Halt::Ended);
+        }
+        let signal = libc::WSTOPSIG(status);
+        match status >> 16 {
+            libc::PTRACE_EVENT_STOP => return Ok(Halt::Halted { group_stopped: signal != libc::SIGTRAP }),
+            // A signal came before the interruption: it is delivered now, and the halt follows at its handler's first
+            // instruction. Or it ends the process.
+            event => {
+                let signal = if event == 0 { signal } else { 0 };
+                match resume(tid, signal) {
+                    Err(error) if error.raw_os_error() != Some(libc::ESRCH) => return Err(failed("resume")(error)),
+                    _ => {}
+                }
+            }
+        }
+    }
+}
+
+pub(super) fn refuse(pid: pid_t, tid: pid_t) -> StopRefusal {
+    let (call, first_argument, wchan) = tasks::read_whereabouts(pid, tid);
+    let state = tasks::read_stat(pid, tid).ok().flatten().map_or('?', |stat| stat.state);
+    if state == 'D' && tasks::waits_for_vfork(call, first_argument) {
+        return StopRefusal::VforkInFlight { pid, tid };
+    }
+    StopRefusal::Uninterruptible { pid, tid, state, call, wchan }
+}
+
+/// Whether every thread is still stopped. One that is not (killed, or replaced at an exec) is forgotten, and the next
+/// scan decides.
+fn check_halted(stopped: &mut Stopped) -> Result<bool, StopError> {
+    let mut all = true;
+    for process in &mut stopped.processes {
+        let pid = process.pid;
+        let mut failure = None;
+        process.threads.retain(|thread| match get_signal_mask(thread.tid) {
+            Ok(_) => true,
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
+                all = false;
+                false
+            }
+            Err(source) => {
+                failure = Some(StopError::Thread { op: "look at", pid, tid: thread.tid, source });
+                true
+            }
+        });
+        if let Some(failure) = failure {
+            return Err(failure);
+        }
+    }
+    stopped.processes.retain(|process| !process.threads.is_empty());
+    Ok(all)
+}
+
+/// Reads a halted thread's registers and hides the interruption in them: at once, for it may be let go at any step.
+pub(super) fn read_thread(pid: pid_t, thread: &mut Thread, waits: &mut Waits) -> nix::Result<()> {
+    let tid = thread.tid;
+    let registers = ptrace::getregs(Pid::from_raw(tid))?;
+    let call = registers.orig_rax.cast_signed();
+    let read_limit = |timeout| timeouts::read_limit(pid, tid, call, timeout);
+    thread.registers = match waits.pass(tid, &registers, Instant::now(), read_limit) {
+        None => registers,
+        Some(hidden) => {
+            ptrace::setregs(Pid::from_raw(tid), hidden)?;
+            hidden
+        }
+    };
+    Ok(())
+}
+
+/// After a refusal: waits for the threads that were interrupted, so that the interruption is hidden from them too.
+/// Those that cannot be halted stay as they are: the tracer's end lets them go before they have noticed anything.
+pub(super) fn calm(stopped: &mut Stopped) {
+    let deadline = Instant::now() + CALM;
+    for process in &mut stopped.processes {
+        for thread in process.threads.iter_mut().filter(|thread| !thread.halted) {
+            if let Ok(Halt::Halted { .. }) = wait_halt(process.pid, thread.tid, deadline) {
+                thread.halted = true;
+                // A failure means that it was killed.
+                let _ = read_thread(process.pid, thread, &mut stopped.kept.waits);
+            }
+        }
+    }
+}
