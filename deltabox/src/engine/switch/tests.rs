@@ -311,6 +311,33 @@ check('root', sorted(os.listdir('/tmp')), ['d', 'go'])
     wait_for(&log, "ok", 1);
 }
 
+/// Overlay inodes in the kernel's cache (`/proc/slabinfo`): other tests have some too.
+fn n_overlay_inodes() -> u64 {
+    let slabs = fs::read_to_string("/proc/slabinfo").unwrap();
+    let line = slabs.lines().find(|line| line.starts_with("ovl_inode ")).expect("overlayfs's inodes");
+    line.split_ascii_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn an_old_root_is_torn_down_though_a_program_s_text_lies_on_it() {
+    const N: u64 = 30_000;
+    let mut sandbox = Sandbox::new();
+    let program = format!(
+        "{WAIT}
+os.makedirs('/tmp/many')
+for i in range({N}): open('/tmp/many/%d' % i, 'w').close()
+wait('go')"
+    );
+    let _started = sandbox.start(&program);
+    let before = n_overlay_inodes();
+    match sandbox.switch(Purpose::Freeze).unwrap() {
+        Switched::Moved { old, .. } => old.detach().tear_down().unwrap(),
+        Switched::Unchanged { .. } => panic!("not moved"),
+    }
+    let after = n_overlay_inodes();
+    assert!(after + N / 2 < before, "{before} inodes before, {after} after");
+}
+
 #[test]
 fn what_was_frozen_never_changes() {
     let mut sandbox = Sandbox::new();
