@@ -14,6 +14,7 @@ pub mod memory;
 pub mod mount;
 pub mod process;
 pub mod ptrace;
+pub mod reconfigure;
 pub mod seccomp;
 pub mod socket;
 pub mod stat;

@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
+use std::time::{Duration, Instant};
 
 use libc::pid_t;
 use nix::fcntl::OFlag;
@@ -17,6 +18,7 @@ use super::fdinfo::{FdInfo, Owner};
 use super::watcher::Watcher;
 use super::{Description, Holding, Kind, Mapping, Place, Plan, RebaseError, RebaseRefusal, Seat, listener};
 use crate::deltacr::stop::{Process, Stopped};
+use crate::deltacr::tasks::{read_stat, scan_threads};
 use crate::sandbox::root::{LANDING, Root};
 use crate::sys::maps::next_shared_file;
 use crate::sys::process::{Compared, compare, pidfd_getfd, pidfd_open_thread};
@@ -40,7 +42,11 @@ impl Plan {
         let mut finder = Finder { root, from, tables, known, descriptions, dev };
         let mut seats = Vec::new();
         for process in stopped.processes() {
-            let seat = finder.seat(process)?;
+            let seat = match finder.seat(process) {
+                // Killed meanwhile: it has nothing any more.
+                Err(_) if is_over(process.pid) => continue,
+                other => other?,
+            };
             if seat.cwd.is_some() || !seat.holdings.is_empty() || !seat.mappings.is_empty() {
                 seats.push(seat);
             }
@@ -274,6 +280,25 @@ impl Finder<'_> {
         }
         Ok(mappings)
     }
+}
+
+/// How long a process that was killed may take to end (chosen: it needs a CPU and microseconds).
+const END_PATIENCE: Duration = Duration::from_millis(100);
+
+/// Whether a process has been killed, which is why something about it failed: waits for its end if it is about to.
+pub(super) fn is_over(pid: pid_t) -> bool {
+    let has_ended = || {
+        read_stat(pid, pid).is_ok_and(|stat| stat.is_none_or(|stat| matches!(stat.state, 'Z' | 'X')))
+            && scan_threads(pid).is_ok_and(|threads| threads.len() <= 1)
+    };
+    let end = Instant::now() + END_PATIENCE;
+    while !has_ended() {
+        if Instant::now() >= end {
+            return false;
+        }
+        std::thread::yield_now();
+    }
+    true
 }
 
 /// The descriptor numbers of a task, sorted.

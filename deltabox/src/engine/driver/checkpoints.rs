@@ -198,6 +198,9 @@ impl Driver {
         let Some(root) = old.map(OldRoot::detach) else { return };
         let engine = self.engine.clone();
         self.engine.0.janitor.take(move || {
+            if let Err(error) = root.tear_down() {
+                tracing::warn!(%error, "what is cached of an old root goes with its last user");
+            }
             drop(root);
             if let Some(layer) = discarded
                 && let Err(error) = engine.0.layers.remove(layer)

@@ -280,6 +280,48 @@ c.close(); c = socket.socket(socket.AF_UNIX); c.connect('/tmp/sock'); s.accept()
 }
 
 #[test]
+fn a_process_in_a_directory_that_it_may_not_enter_stays_in_it() {
+    let program = r"
+os.makedirs('/srv/closed/in', 0o755); os.chmod('/srv/closed', 0o700); os.chdir('/srv/closed')
+os.setgid(1000); os.setuid(1000)
+wait('go')
+check('cwd', os.getcwd(), '/srv/closed')
+check('mode', os.stat('/srv/closed').st_mode & 0o7777, 0o700)
+try: os.listdir('.'); check('listing', 'done', 'refused')
+except PermissionError: pass
+";
+    story(program, &[Purpose::Freeze, Purpose::Freeze]);
+}
+
+#[test]
+fn a_process_that_is_killed_while_it_stands_still_hinders_nobody() {
+    let mut sandbox = Sandbox::new();
+    let _doomed = sandbox.start(&format!("{WAIT}\nf = open('/tmp/doomed', 'w'); os.chdir('/tmp')\nwait('never')"));
+    let program = "os.chdir('/tmp'); f = open('/tmp/f', 'w', 1)\nwait('go')\nf.write('x\\n'); check('f', open('f').read(), 'x\\n')";
+    let started = sandbox.start(&format!("{WAIT}\n{program}\nprint('ok', flush=True)"));
+    let report = sandbox.engine.inspect(&sandbox.id).unwrap();
+    let processes = sandbox.engine.processes(&sandbox.id).unwrap();
+    let doomed = processes.iter().find(|process| process.command.contains("doomed")).unwrap().host_pid;
+    let live = sandbox.layers[0];
+    let layer = sandbox.engine.0.layers.create(Some(live), &sandbox.id, None, RootLook::first()).unwrap();
+    let footing = Footing::new(&sandbox.engine, &BaseRef::default()).unwrap();
+    let mount = footing.mount(&sandbox.engine, &[live], &layer).unwrap();
+    let group = report.cgroup.join("live");
+    let ground =
+        Ground { init: report.init_pid.unwrap(), group: &group, deadline: Instant::now() + Duration::from_secs(20) };
+    let next = || {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(doomed), nix::sys::signal::Signal::SIGKILL)?;
+        mount.try_clone().map(Some)
+    };
+    let mut span = Span::begin(Operation::Checkpoint);
+    let switched = switch(&ground, Purpose::Freeze, next, &mut span);
+    assert!(matches!(switched, Ok(Switched::Moved { .. })), "{switched:?}");
+    sandbox.layers.push(layer.record().id);
+    fs::write(sandbox.inside("/tmp/go"), "").unwrap();
+    wait_for(&started.log, "ok", 1);
+}
+
+#[test]
 fn after_a_rollback_descriptors_see_the_target_or_an_unlinked_file() {
     let program = r"
 os.makedirs('/tmp/d'); both = os.open('/tmp/d/both', os.O_CREAT | os.O_RDWR); os.write(both, b'old')
@@ -309,6 +351,33 @@ check('root', sorted(os.listdir('/tmp')), ['d', 'go'])
     sandbox.switch_and_drop(Purpose::Discard);
     fs::write(sandbox.inside("/tmp/go"), "").unwrap();
     wait_for(&log, "ok", 1);
+}
+
+/// Overlay inodes in the kernel's cache (`/proc/slabinfo`): other tests have some too.
+fn n_overlay_inodes() -> u64 {
+    let slabs = fs::read_to_string("/proc/slabinfo").unwrap();
+    let line = slabs.lines().find(|line| line.starts_with("ovl_inode ")).expect("overlayfs's inodes");
+    line.split_ascii_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn an_old_root_is_torn_down_though_a_program_s_text_lies_on_it() {
+    const N: u64 = 30_000;
+    let mut sandbox = Sandbox::new();
+    let program = format!(
+        "{WAIT}
+os.makedirs('/tmp/many')
+for i in range({N}): open('/tmp/many/%d' % i, 'w').close()
+wait('go')"
+    );
+    let _started = sandbox.start(&program);
+    let before = n_overlay_inodes();
+    match sandbox.switch(Purpose::Freeze).unwrap() {
+        Switched::Moved { old, .. } => old.detach().tear_down().unwrap(),
+        Switched::Unchanged { .. } => panic!("not moved"),
+    }
+    let after = n_overlay_inodes();
+    assert!(after + N / 2 < before, "{before} inodes before, {after} after");
 }
 
 #[test]
