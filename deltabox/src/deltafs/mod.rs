@@ -9,6 +9,8 @@ pub mod hostbase;
 pub mod imported;
 pub mod layer;
 pub mod layers;
+pub mod merge;
+mod origins;
 pub mod overlay;
 pub mod remove;
 pub mod sync;

@@ -1,16 +1,14 @@
 //! Deleted and added files that are one: overlayfs has noted what a file is a copy of, or the content tells.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
-
-use nix::fcntl::OFlag;
 
 use super::DiffError;
 use super::content::digest;
 use super::pairs::{Found, Side};
-use crate::deltafs::view::{Entry, Kind, place};
-use crate::sys::handle::{Handle, identity_at};
+use crate::deltafs::origins::{Origins, source};
+use crate::deltafs::view::{Entry, Kind};
+use crate::sys::handle::Handle;
 
 /// Larger files are not read to find out whether they were renamed. (Chosen: a second of reading.)
 const MAX_DIGESTED_BYTES: u64 = 256 << 20;
@@ -22,16 +20,16 @@ pub(super) fn join(from: &Side<'_>, to: &Side<'_>, found: &mut Found) -> Result<
     if deleted.is_empty() || added.is_empty() {
         return Ok(());
     }
-    let origins = Origins::read(&[from, to])?;
+    let origins = origins(&[from, to])?;
     let mut joined = Vec::new();
     let mut by_origin: BTreeMap<_, &PathBuf> = BTreeMap::new();
     for (path, entry) in &deleted {
-        if let Some(key) = origins.of(from, entry) {
+        if let Some(key) = key(&origins, from, entry) {
             by_origin.entry((key, entry.kind)).or_insert(path);
         }
     }
     for (path, entry) in &added {
-        let key = origins.of(to, entry).map(|key| (key, entry.kind));
+        let key = key(&origins, to, entry).map(|key| (key, entry.kind));
         if let Some(old) = key.and_then(|key| by_origin.remove(&key)) {
             joined.push((old.clone(), path.clone()));
         }
@@ -92,79 +90,23 @@ fn same_content(
     Ok(pairs)
 }
 
-/// What files were copied from, as overlayfs has noted it.
-#[derive(Debug, Default)]
-pub(in crate::deltafs) struct Origins {
-    /// Of files in layers that have others above them: from the handle of a copy to that of its source.
-    sources: BTreeMap<Handle, Handle>,
+fn origins(sides: &[&Side<'_>]) -> Result<Origins, DiffError> {
+    let mut origins = Origins::default();
+    for side in sides {
+        // Nothing lies above the topmost layer that could be a copy out of it.
+        for layer in side.view.top_layers().iter().skip(1) {
+            origins.add(*layer).map_err(DiffError::at(Path::new("")))?;
+        }
+    }
+    Ok(origins)
 }
 
-impl Origins {
-    fn read(sides: &[&Side<'_>]) -> Result<Self, DiffError> {
-        let mut origins = Self::default();
-        for side in sides {
-            for layer in side.view.top_layers().iter().skip(1) {
-                origins.add(*layer).map_err(DiffError::at(Path::new("")))?;
-            }
-        }
-        Ok(origins)
+/// What an entry is a copy of, or itself.
+fn key(origins: &Origins, side: &Side<'_>, entry: &Entry) -> Option<Handle> {
+    if entry.layer < side.view.top_layers().len()
+        && let Some(source) = source(entry.fd()).ok().flatten()
+    {
+        return Some(origins.first(source));
     }
-
-    /// Walks a layer, hidden files too.
-    pub(in crate::deltafs) fn add(&mut self, layer: BorrowedFd<'_>) -> std::io::Result<()> {
-        let mut queue = vec![PathBuf::new()];
-        while let Some(dir) = queue.pop() {
-            let mut names = BTreeSet::new();
-            place::list(layer, &dir, &mut names)?;
-            for name in names {
-                let path = dir.join(name);
-                let Ok(fd) = place::open(layer, &path, OFlag::O_PATH) else { continue };
-                let is_dir = Kind::of(nix::sys::stat::fstat(&fd)?.st_mode) == Kind::Directory;
-                if is_dir {
-                    queue.push(path);
-                } else if let Some(source) = source(std::os::fd::AsFd::as_fd(&fd))?
-                    && let Ok(handle) = identity_at(std::os::fd::AsFd::as_fd(&fd), c"")
-                {
-                    self.sources.insert(handle, source);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// The first source of a chain of copies.
-    pub(in crate::deltafs) fn first(&self, mut handle: Handle) -> Handle {
-        // Each layer adds a copy at most; anything longer is damage.
-        for _ in 0..1000 {
-            match self.sources.get(&handle) {
-                Some(source) => handle = source.clone(),
-                None => break,
-            }
-        }
-        handle
-    }
-
-    /// What an entry is a copy of, or itself.
-    fn of(&self, side: &Side<'_>, entry: &Entry) -> Option<Handle> {
-        if entry.layer < side.view.top_layers().len()
-            && let Some(source) = source(entry.fd()).ok().flatten()
-        {
-            return Some(self.first(source));
-        }
-        entry.handle()
-    }
-}
-
-/// The handle in a file's `trusted.overlay.origin`. (`struct ovl_fb` of fs/overlayfs/overlayfs.h: version 0, magic
-/// 0xfb, length of all, flags, type of the handle, 16 bytes of UUID, the handle. Empty where the lower file system has
-/// none, as another overlayfs.)
-pub(in crate::deltafs) fn source(fd: BorrowedFd<'_>) -> std::io::Result<Option<Handle>> {
-    const HEADER_BYTES: usize = 21;
-    let value = place::read_xattr(fd, place::ORIGIN)?.unwrap_or_default();
-    match value[..] {
-        [0, 0xfb, len, _, kind, ..] if usize::from(len) == value.len() && value.len() > HEADER_BYTES => {
-            Ok(Some((kind.into(), value[HEADER_BYTES..].to_vec())))
-        }
-        _ => Ok(None),
-    }
+    entry.handle()
 }

@@ -148,7 +148,13 @@ pub(in crate::deltafs) fn read_xattr(fd: BorrowedFd<'_>, name: &CStr) -> io::Res
 
 /// Adds the names in the directory `path` of `layer`, whiteouts among them, to `names`.
 pub(in crate::deltafs) fn list(layer: BorrowedFd<'_>, path: &Path, names: &mut BTreeSet<OsString>) -> io::Result<()> {
-    let dir = match open(layer, path, OFlag::O_RDONLY | OFlag::O_DIRECTORY) {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
+    let dir = match open(layer, path, flags | OFlag::O_NOATIME) {
+        // An idmapped base may have directories of owners that the map does not know.
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => open(layer, path, flags),
+        other => other,
+    };
+    let dir = match dir {
         Err(error) if is_absence(&error) => return Ok(()),
         other => other?,
     };
