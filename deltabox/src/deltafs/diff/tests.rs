@@ -149,7 +149,7 @@ fn a_report_leads_from_one_state_to_any_other() {
         return;
     }
     let branch = || prop::collection::vec(prop::collection::vec(op(), 1..14), 0..4);
-    run_cases(40, (layers(0..3), branch(), branch()), |(common, one, other)| {
+    run_cases(25, (layers(0..3), branch(), branch()), |(common, one, other)| {
         let common = Grown::new(&common);
         let (mut from, mut to) = (common.branch(), common.branch());
         from.grow(&one);

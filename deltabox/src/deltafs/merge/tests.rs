@@ -50,7 +50,7 @@ fn a_stack_shows_the_same_whichever_run_of_it_was_merged() {
     if skipped_without_root() {
         return;
     }
-    run_cases(12, layers(2..6), |layers| {
+    run_cases(8, layers(2..6), |layers| {
         let grown = Grown::new(&layers);
         let before = Opened::new(&grown.dirs).look();
         let n_layers = grown.dirs.len() - 1;
@@ -72,7 +72,7 @@ fn programs_go_on_above_a_merged_layer_as_above_its_sources() {
         return;
     }
     let more = || prop::collection::vec(prop::collection::vec(op(), 4..14), 1..4);
-    run_cases(20, (layers(2..6), more(), any::<u8>()), |(layers, more, at)| {
+    run_cases(12, (layers(2..6), more(), any::<u8>()), |(layers, more, at)| {
         let grown = Grown::new(&layers);
         let n_layers = grown.dirs.len() - 1;
         let start = usize::from(at) % n_layers;
