@@ -16,6 +16,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 
@@ -41,7 +42,7 @@ impl Store {
         let lock = root.join("lock");
         let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&lock);
         let file = file.map_err(|source| Error::Io { op: "open", path: lock, source })?;
-        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+        let lock = lock_within(file, LOCK_PATIENCE).map_err(|errno| match errno {
             nix::Error::EWOULDBLOCK => Error::Refused {
                 what: format!("open the store {}", root.display()),
                 why: "another deltabox daemon uses it".to_owned(),
@@ -84,6 +85,22 @@ impl Store {
 
     pub(super) fn sandbox(&self, id: &SandboxId) -> SandboxDir {
         SandboxDir(self.sandboxes().join(id.as_str()))
+    }
+}
+
+/// How long a lock may still be held by what a killed daemon has left: a child that is about to close it (chosen).
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+
+/// flock(2) has no deadline, and nothing else tells of its end.
+fn lock_within(mut file: File, patience: Duration) -> nix::Result<Flock<File>> {
+    let end = Instant::now() + patience;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((held, nix::Error::EWOULDBLOCK)) if Instant::now() < end => file = held,
+            Err((_, errno)) => return Err(errno),
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
