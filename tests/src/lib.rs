@@ -12,6 +12,7 @@
 )]
 
 pub mod bench;
+pub mod disk;
 pub mod leftovers;
 pub mod terminal;
 
@@ -166,6 +167,15 @@ impl Host {
             self.end_daemon(Signal::SIGTERM);
         }
         self.env.clear();
+        self.start_daemon();
+        self
+    }
+
+    /// The same store with a fresh daemon that has this environment.
+    #[must_use]
+    pub fn restart_with(mut self, env: &[(&str, &str)]) -> Self {
+        self.end_daemon(Signal::SIGTERM);
+        self.env = env.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         self.start_daemon();
         self
     }

@@ -4,28 +4,38 @@ use serde_json::json;
 
 use crate::daemon::client::{Client, ClientError};
 use crate::daemon::types::{ExecList, ImageList};
-use crate::engine::{BaseReport, ExecReport, Exit, SandboxReport, Stdio};
+use crate::engine::{BaseReport, DiskReport, ExecReport, Exit, SandboxReport, Stdio, TreeNode, TreeReport};
 use crate::sandbox::Net;
 
-use super::{Context, Failure, Outcome, ls, parse, print};
+use super::parse::{self, Target};
+use super::{Context, Failure, Outcome, ls, print};
 
-/// Shows all there is to know about a sandbox and its commands, or about an image.
+/// Shows all there is to know about a sandbox and its commands, a checkpoint, or an image.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  deltabox inspect dev\n  deltabox inspect dev --json | jq .sandbox.init_pid")]
 pub(super) struct Args {
-    /// A sandbox, or else an imported image.
-    #[arg(value_name = "SANDBOX|IMAGE", value_parser = parse::parse_image)]
-    name: String,
+    /// A sandbox, a checkpoint of one, or else an imported image.
+    #[arg(value_name = "SANDBOX[@CHECKPOINT]|IMAGE", value_parser = parse::parse_target)]
+    target: Target,
 }
 
 pub(super) fn run(args: Args, context: &Context) -> Outcome {
     let client = context.client()?;
-    match client.get::<SandboxReport>(&format!("/v1/sandboxes/{}", args.name)) {
+    let Target { sandbox: name, checkpoint } = args.target;
+    if let Some(checkpoint) = checkpoint {
+        let tree: TreeReport = client.get(&format!("/v1/sandboxes/{name}/checkpoints"))?;
+        show_checkpoint(&find_checkpoint(tree, &checkpoint)?, context.json)?;
+        return Ok(0);
+    }
+    match client.get::<SandboxReport>(&format!("/v1/sandboxes/{name}")) {
         Ok(sandbox) => {
-            let held: ExecList = client.get(&format!("/v1/sandboxes/{}/execs", args.name))?;
-            show_sandbox(&sandbox, &held.execs, context.json)?;
+            let held: ExecList = client.get(&format!("/v1/sandboxes/{name}/execs"))?;
+            let disk: DiskReport = client.get(&format!("/v1/sandboxes/{name}/disk"))?;
+            show_sandbox(&sandbox, &held.execs, disk, context.json)?;
         }
-        Err(ClientError::Answer { status: 404, .. }) => show_image(&find_image(&client, &args.name)?, context.json)?,
+        Err(ClientError::Answer { status: 404, .. }) => {
+            show_image(&find_image(&client, name.as_str())?, context.json)?;
+        }
         Err(error) => return Err(error.into()),
     }
     Ok(0)
@@ -39,9 +49,43 @@ fn find_image(client: &Client, name: &str) -> Result<BaseReport, Failure> {
     })
 }
 
-fn show_sandbox(sandbox: &SandboxReport, execs: &[ExecReport], json: bool) -> Result<(), Failure> {
+fn find_checkpoint(tree: TreeReport, text: &str) -> Result<TreeNode, Failure> {
+    let TreeReport { sandbox, checkpoints, .. } = tree;
+    let is_it = |node: &TreeNode| node.checkpoint.id == text || node.checkpoint.name.as_deref() == Some(text);
+    checkpoints.into_iter().find(is_it).ok_or_else(|| {
+        let message = format!("sandbox `{sandbox}` has no checkpoint `{text}`");
+        Failure::new(1, "no_checkpoint", message, format!("`deltabox tree {sandbox}` shows its checkpoints"))
+    })
+}
+
+fn show_checkpoint(node: &TreeNode, json: bool) -> Result<(), Failure> {
     if json {
-        return print::json(&json!({"sandbox": sandbox, "execs": execs}));
+        return print::json(&json!({"checkpoint": node}));
+    }
+    let one = &node.checkpoint;
+    let or_dash = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".to_owned());
+    let yes_no = |yes: bool| if yes { "yes" } else { "no" }.to_owned();
+    print::fields(&[
+        ("checkpoint", format!("{}@{}", one.sandbox, one.id)),
+        ("name", or_dash(&one.name)),
+        ("parent", or_dash(&one.parent)),
+        ("age", print::age(one.created_unix_ms)),
+        ("holds", if one.fs_only { "files" } else { "files and processes" }.to_owned()),
+        ("froze a layer", yes_no(one.fs_frozen)),
+        ("durable", yes_no(one.durable)),
+        ("layers", node.n_layers.to_string()),
+        ("own", print::size(node.own_bytes)),
+        ("shared", print::size(node.shared_bytes)),
+        ("stopped", format!("{} us", one.stopped_us)),
+        ("made in", format!("{} us", one.total_us)),
+        ("processes", format!("{} with {} threads", one.n_processes, one.n_threads)),
+        ("moved", format!("{} open file descriptions", one.n_descriptions)),
+    ])
+}
+
+fn show_sandbox(sandbox: &SandboxReport, execs: &[ExecReport], disk: DiskReport, json: bool) -> Result<(), Failure> {
+    if json {
+        return print::json(&json!({"sandbox": sandbox, "execs": execs, "disk": disk}));
     }
     let limit = |limit: Option<String>| limit.unwrap_or_else(|| "none".to_owned());
     let net = match sandbox.spec.net {
@@ -59,6 +103,12 @@ fn show_sandbox(sandbox: &SandboxReport, execs: &[ExecReport], json: bool) -> Re
         ("environment", sandbox.spec.env.join(" ")),
         ("init pid", sandbox.init_pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string())),
         ("cgroup", sandbox.cgroup.display().to_string()),
+        ("checkpoint", sandbox.head.clone().unwrap_or_else(|| "-".to_owned())),
+        ("epoch", sandbox.epoch.to_string()),
+        ("layers", disk.n_layers.to_string()),
+        ("disk, since then", print::size(disk.live_bytes)),
+        ("disk, own", print::size(disk.own_bytes)),
+        ("disk, shared", print::size(disk.shared_bytes)),
         ("live layer", sandbox.live_layer.display().to_string()),
         ("created in", format!("{} us", sandbox.create_us)),
     ])?;

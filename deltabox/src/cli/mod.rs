@@ -6,9 +6,11 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "printing reports is what this module is for")]
 
 mod attach;
+mod checkpoint;
 mod create;
 mod doctor;
 mod exec;
+mod gc;
 mod image;
 mod inspect;
 mod kill;
@@ -18,9 +20,11 @@ mod parse;
 mod print;
 mod ps;
 mod rm;
+mod rollback;
 mod run;
 mod serve;
 mod stats;
+mod tree;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -77,6 +81,10 @@ enum Command {
     Logs(logs::Args),
     Kill(kill::Args),
     Rm(rm::Args),
+    Checkpoint(checkpoint::Args),
+    Rollback(rollback::Args),
+    Tree(tree::Args),
+    Gc(gc::Args),
     Image(image::Args),
     Serve(serve::Args),
 }
@@ -158,6 +166,10 @@ pub fn main() -> ExitCode {
         Command::Logs(args) => logs::run(args, &context),
         Command::Kill(args) => kill::run(args, &context),
         Command::Rm(args) => rm::run(args, &context),
+        Command::Checkpoint(args) => checkpoint::run(args, &context),
+        Command::Rollback(args) => rollback::run(args, &context),
+        Command::Tree(args) => tree::run(args, &context),
+        Command::Gc(args) => gc::run(&args, &context),
         Command::Image(args) => image::run(args, &context),
         Command::Serve(args) => serve::run(args, &context),
     };

@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use crate::sandbox::BaseRef;
 use crate::sandbox::spec::parse_name;
+use crate::sandbox::{BaseRef, SandboxId};
 
 /// Bytes, with K, M, G or T for powers of 1024.
 pub(super) fn parse_bytes(text: &str) -> Result<u64, String> {
@@ -35,6 +35,33 @@ pub(super) fn parse_base(text: &str) -> Result<BaseRef, String> {
     } else {
         parse_name(text).map(|name| BaseRef::Image { name }).map_err(|error| error.to_string())
     }
+}
+
+/// A sandbox, or one of its checkpoints: `dev`, `dev@c3`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Target {
+    pub(super) sandbox: SandboxId,
+    pub(super) checkpoint: Option<String>,
+}
+
+impl std::fmt::Display for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.checkpoint {
+            None => self.sandbox.fmt(f),
+            Some(checkpoint) => write!(f, "{}@{checkpoint}", self.sandbox),
+        }
+    }
+}
+
+/// `SANDBOX` or `SANDBOX@CHECKPOINT`; ids of checkpoints follow the rule of names.
+pub(super) fn parse_target(text: &str) -> Result<Target, String> {
+    let (sandbox, checkpoint) = match text.split_once('@') {
+        Some((sandbox, checkpoint)) => (sandbox, Some(checkpoint)),
+        None => (text, None),
+    };
+    let sandbox = parse_name(sandbox).and_then(|name| name.parse()).map_err(|error| error.to_string())?;
+    let checkpoint = checkpoint.map(parse_name).transpose().map_err(|error| error.to_string())?;
+    Ok(Target { sandbox, checkpoint })
 }
 
 /// A path, made absolute: the daemon has another working directory.

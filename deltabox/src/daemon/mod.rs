@@ -11,6 +11,7 @@
 //! it ends, and the next one finds them. `docs/api.md` has the interface.
 
 mod answer;
+mod checkpoint_routes;
 pub mod client;
 mod follow;
 pub mod frame;

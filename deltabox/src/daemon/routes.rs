@@ -70,10 +70,11 @@ fn parts() -> (Router<Daemon>, utoipa::openapi::OpenApi) {
         .routes(routes!(log_bytes))
         .routes(routes!(images, import))
         .routes(routes!(remove_image))
+        .merge(super::checkpoint_routes::router())
         .split_for_parts()
 }
 
-type Answer<T> = Result<Json<T>, Refusal>;
+pub(super) type Answer<T> = Result<Json<T>, Refusal>;
 
 /// Version and place of the daemon.
 #[utoipa::path(get, path = "/v1/ping", responses((status = 200, body = PingReport)))]
@@ -279,7 +280,7 @@ async fn remove_image(State(daemon): State<Daemon>, Path(name): Path<String>) ->
 }
 
 /// A text that is no name at all cannot be one of a sandbox either.
-fn sandbox_id(text: &str) -> Result<SandboxId, Error> {
+pub(super) fn sandbox_id(text: &str) -> Result<SandboxId, Error> {
     text.parse().map_err(|_| Error::NoSandbox { id: text.to_owned() })
 }
 

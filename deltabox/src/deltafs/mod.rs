@@ -7,5 +7,7 @@ pub mod fixtures;
 pub mod hostbase;
 pub mod imported;
 pub mod layer;
+pub mod layers;
 pub mod overlay;
 pub mod remove;
+pub mod sync;

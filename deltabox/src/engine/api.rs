@@ -56,8 +56,146 @@ pub struct SandboxReport {
     /// The live layer's directory in the store.
     #[schema(value_type = String)]
     pub live_layer: PathBuf,
+    /// The checkpoint that its state comes from.
+    pub head: Option<String>,
+    /// How often it was checkpointed or rolled back.
+    pub epoch: u64,
     /// How long `create` took, microseconds, from the request to a ready init.
     pub create_us: u64,
+}
+
+/// How long one phase of an operation took.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PhaseTime {
+    /// Its name, as in `stats`.
+    pub phase: String,
+    /// Microseconds.
+    pub us: u64,
+}
+
+/// What `checkpoint` takes.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct CheckpointRequest {
+    /// Its name besides its id.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// Files only, no processes.
+    #[serde(default)]
+    pub fs_only: bool,
+    /// Answer when all of it is on disk.
+    #[serde(default)]
+    pub durable: bool,
+}
+
+/// A checkpoint, and how it was made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct CheckpointReport {
+    /// Whose.
+    pub sandbox: SandboxId,
+    /// Its id in the sandbox: `c1`, `c2`, ...
+    pub id: String,
+    /// Its name, if it was given one.
+    pub name: Option<String>,
+    /// The checkpoint that the sandbox's state came from when it was made.
+    pub parent: Option<String>,
+    /// The epoch that it ended.
+    pub epoch: u64,
+    /// When it was made, milliseconds since the Unix epoch.
+    pub created_unix_ms: u64,
+    /// It holds no processes.
+    pub fs_only: bool,
+    /// Whether a layer was frozen for it; else nothing had been written since its parent.
+    pub fs_frozen: bool,
+    /// Whether it was on disk when it was answered.
+    pub durable: bool,
+    /// How long the programs stood still, microseconds.
+    pub stopped_us: u64,
+    /// From the request to the answer, microseconds.
+    pub total_us: u64,
+    /// Where the time went, in order.
+    pub phases_us: Vec<PhaseTime>,
+    /// Processes that were stopped.
+    pub n_processes: usize,
+    /// Their threads.
+    pub n_threads: usize,
+    /// Open file descriptions that were moved.
+    pub n_descriptions: usize,
+}
+
+/// What `rollback` takes.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct RollbackRequest {
+    /// Id or name of the checkpoint.
+    pub checkpoint: String,
+    /// Files only; the processes go on as they are.
+    #[serde(default)]
+    pub fs_only: bool,
+}
+
+/// How a rollback went.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct RollbackReport {
+    /// Id of the checkpoint.
+    pub checkpoint: String,
+    /// How long the programs stood still, microseconds.
+    pub stopped_us: u64,
+    /// From the request to the answer, microseconds.
+    pub total_us: u64,
+    /// Where the time went, in order.
+    pub phases_us: Vec<PhaseTime>,
+    /// Processes that were stopped.
+    pub n_processes: usize,
+    /// Their threads.
+    pub n_threads: usize,
+    /// Open file descriptions that were moved.
+    pub n_descriptions: usize,
+}
+
+/// The checkpoints of a sandbox.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct TreeReport {
+    /// Whose.
+    pub sandbox: SandboxId,
+    /// Where its state comes from: the last checkpoint or rollback.
+    pub head: Option<String>,
+    /// By number, so that a parent comes before its children.
+    pub checkpoints: Vec<TreeNode>,
+}
+
+/// A checkpoint in its tree.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct TreeNode {
+    /// The checkpoint.
+    #[serde(flatten)]
+    pub checkpoint: CheckpointReport,
+    /// Layers in its stack, the base not counted.
+    pub n_layers: usize,
+    /// Bytes on disk that only it needs: what its removal would free.
+    pub own_bytes: u64,
+    /// Bytes on disk of its layers that others need too.
+    pub shared_bytes: u64,
+}
+
+/// What a sandbox's files take on disk, bytes. The base is nobody's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DiskReport {
+    /// What was written since the last checkpoint or rollback.
+    pub live_bytes: u64,
+    /// Layers that no other sandbox needs, the live one included.
+    pub own_bytes: u64,
+    /// Layers that another sandbox needs too.
+    pub shared_bytes: u64,
+    /// Layers under the live one.
+    pub n_layers: usize,
+}
+
+/// What `gc` did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GcReport {
+    /// Layers that were removed.
+    pub n_layers: usize,
+    /// What they took on disk, bytes.
+    pub bytes: u64,
 }
 
 /// One process of a sandbox, as `ps` shows it.

@@ -5,22 +5,17 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use super::api::{CreateRequest, Reply, SandboxReport, SandboxState};
-use super::driver::{Driver, DriverParts, Life, Mail, Shown};
+use super::driver::{Driver, DriverParts, Life, Mail, Shown, tops};
+use super::footing::Footing;
 use super::manifest::{InitIdentity, Manifest};
 use super::store::{SandboxDir, random_hex};
-use super::{Engine, Error, Handle, error, lock, unix_ms};
-use crate::deltafs::layer::LiveLayer;
-use crate::deltafs::{hostbase, overlay};
+use super::tree::Tree;
+use super::{Engine, Error, Handle, lock, unix_ms};
+use crate::deltafs::layer::{LayerId, RootLook};
 use crate::latency::{Operation, Phase, Span};
 use crate::sandbox::cgroup::Cgroups;
 use crate::sandbox::spawn::{self, Parts, SpawnError};
 use crate::sandbox::{BaseRef, SandboxId, SandboxSpec};
-use crate::sys::mount::{self, Clone as CloneWhat};
-
-use std::os::fd::{AsFd, OwnedFd};
-
-/// The first layer of every sandbox.
-const FIRST_LAYER: &str = "1";
 
 /// Reserves the name and starts the driver thread, which does the rest and replies.
 pub(super) fn create(engine: &Engine, request: CreateRequest, reply: Reply<SandboxReport>) {
@@ -38,8 +33,8 @@ pub(super) fn create(engine: &Engine, request: CreateRequest, reply: Reply<Sandb
         let made = make(&engine, &id, request.spec, span);
         let Some(reply) = lock(&answer).take() else { return };
         match made {
-            Ok((manifest, life)) => {
-                let driver = register(&engine, manifest, Some(life), mail);
+            Ok((manifest, tree, life)) => {
+                let driver = register(&engine, manifest, tree, Some(life), mail);
                 reply(engine.inspect(&id));
                 drive_to_the_end(&engine, &id, driver);
             }
@@ -95,7 +90,7 @@ fn reserve(engine: &Engine, request: &CreateRequest) -> Result<(SandboxId, Arc<M
 }
 
 /// Makes the sandbox shown to everybody; from here its driver answers.
-pub(super) fn register(engine: &Engine, manifest: Manifest, life: Option<Life>, mail: Arc<Mail>) -> Driver {
+pub(super) fn register(engine: &Engine, manifest: Manifest, tree: Tree, life: Option<Life>, mail: Arc<Mail>) -> Driver {
     let dir = engine.0.store.sandbox(&manifest.id);
     let state = match &life {
         Some(_) => SandboxState::Running,
@@ -108,10 +103,14 @@ pub(super) fn register(engine: &Engine, manifest: Manifest, life: Option<Life>, 
         created_unix_ms: manifest.created_unix_ms,
         init_pid: life.as_ref().map(|life| life.init.pid),
         cgroup: manifest.cgroups.unified.clone(),
-        live_layer: dir.layers().join(&manifest.live_layer),
+        live_layer: engine.0.layers.path(manifest.live),
+        head: manifest.head.map(|id| id.to_string()),
+        epoch: manifest.epoch,
         create_us: manifest.create_us,
     };
-    let shown = Arc::new(Mutex::new(Shown { report, execs: Vec::new() }));
+    let (live, tops) = (manifest.live, tops(&manifest, &tree));
+    let shown = Shown { report, execs: Vec::new(), tree: Arc::new(tree.clone()), live, tops };
+    let shown = Arc::new(Mutex::new(shown));
     let image = match &manifest.spec.base {
         BaseRef::Image { name } => Some(name.clone()),
         BaseRef::Host { .. } | BaseRef::Dir { .. } => None,
@@ -120,7 +119,8 @@ pub(super) fn register(engine: &Engine, manifest: Manifest, life: Option<Life>, 
     engine.sandboxes().insert(manifest.id.clone(), handle);
     let (logs, retired) = (engine.0.logs.clone(), Arc::clone(&engine.0.retired));
     let book = Arc::clone(&engine.0.book);
-    Driver::new(DriverParts { manifest, dir, mail, shown, logs, retired, book }, life)
+    let engine = engine.clone();
+    Driver::new(DriverParts { engine, tree, manifest, dir, mail, shown, logs, retired, book }, life)
 }
 
 /// Runs a driver; its sandbox's name is free before the removal is answered.
@@ -133,6 +133,8 @@ pub(super) fn drive_to_the_end(engine: &Engine, id: &SandboxId, driver: Driver) 
 
 /// Removes what a failed creation has made, unless it is told to keep it.
 struct Scraps {
+    engine: Engine,
+    layer: Option<LayerId>,
     dir: SandboxDir,
     cgroups: Option<Cgroups>,
     keep: bool,
@@ -151,26 +153,31 @@ impl Drop for Scraps {
         if let Err(error) = self.dir.remove() {
             tracing::error!(%error, path = %self.dir.path().display(), "files of a failed creation remain until the next start");
         }
+        if let Some(Err(error)) = self.layer.map(|layer| self.engine.0.layers.remove(layer)) {
+            tracing::error!(%error, "the layer of a failed creation remains until the next start");
+        }
     }
 }
 
-fn make(engine: &Engine, id: &SandboxId, spec: SandboxSpec, mut span: Span) -> Result<(Manifest, Life), Error> {
+fn make(engine: &Engine, id: &SandboxId, spec: SandboxSpec, mut span: Span) -> Result<(Manifest, Tree, Life), Error> {
     span.end_of(Phase::Queue);
     let inner = &engine.0;
     let dir = inner.store.sandbox(id);
     let failed = |source: Box<dyn std::error::Error + Send + Sync>| Error::Create { id: id.clone(), source };
     let io = |op, path: PathBuf| move |source| Error::Io { op, path, source };
 
-    let base = lowers(engine, &spec.base)?;
+    let footing = Footing::new(engine, &spec.base)?;
+    let binds = footing.binds()?;
     span.end_of(Phase::Base);
     dir.create().map_err(io("create", dir.path().to_owned()))?;
-    let mut scraps = Scraps { dir: dir.clone(), cgroups: None, keep: false };
-    let layer = LiveLayer::create(&dir.layers().join(FIRST_LAYER)).map_err(io("create a layer in", dir.layers()))?;
+    let mut scraps = Scraps { engine: engine.clone(), dir: dir.clone(), layer: None, cgroups: None, keep: false };
+    let store = inner.store.layers();
+    let layer =
+        inner.layers.create(None, id, None, RootLook::first()).map_err(io("create a layer in", store.clone()))?;
+    scraps.layer = Some(layer.record().id);
     span.end_of(Phase::Layer);
-    let mut stack = vec![inner.fixtures.skeleton().as_fd()];
-    stack.extend(base.lowers.iter().map(AsFd::as_fd));
-    crate::fault::point("create.mount").map_err(io("mount", dir.layers()))?;
-    let root = overlay::mount_stack(&stack, Some(layer.top())).map_err(|error| failed(error.into()))?;
+    crate::fault::point("create.mount").map_err(io("mount", store))?;
+    let root = footing.mount(engine, &[], &layer).map_err(|error| failed(error.into()))?;
     span.end_of(Phase::Mount);
     crate::fault::point("create.cgroup").map_err(io("create the cgroups of", dir.path().to_owned()))?;
     let cgroups = Cgroups::create(&inner.hosts, inner.store.tag(), id, &spec.limits)?;
@@ -178,55 +185,20 @@ fn make(engine: &Engine, id: &SandboxId, spec: SandboxSpec, mut span: Span) -> R
     span.end_of(Phase::Cgroup);
     let dev = inner.fixtures.dev().map_err(io("clone the mount of", PathBuf::from("/dev")))?;
     let listener = dir.listener();
-    let parts = Parts { id, net: spec.net, root, dev, binds: base.binds, cgroups: &cgroups, listener: &listener };
+    let parts = Parts { id, net: spec.net, root, dev, binds, cgroups: &cgroups, listener: &listener };
     let spawned = spawn::spawn(parts, &mut span).map_err(|error| match error {
         SpawnError::Cgroup(error) => Error::from(error),
         other => failed(other.into()),
     })?;
 
+    let tree = Tree::load(&dir.checkpoints()).map_err(io("read", dir.checkpoints()))?;
     let init = InitIdentity::of(spawned.init.pid).map_err(io("identify init in", PathBuf::from("/proc")))?;
     let create_us = u64::try_from(span.total().as_micros()).unwrap_or(u64::MAX);
     let manifest =
-        Manifest::new(id.clone(), spec, unix_ms(), create_us, cgroups, FIRST_LAYER.to_owned(), base.frame, init);
+        Manifest::new(id.clone(), spec, unix_ms(), create_us, cgroups, layer.record().id, footing.frame(), init);
     manifest.save(dir.path()).map_err(io("write the manifest in", dir.path().to_owned()))?;
     scraps.keep = true;
     span.end_of(Phase::Manifest);
     inner.book.record(id.as_str(), &span);
-    Ok((manifest, Life { init: spawned.init, link: spawned.link }))
-}
-
-/// What a new sandbox is stacked upon.
-struct Lowers {
-    lowers: Vec<OwnedFd>,
-    binds: Vec<(String, OwnedFd)>,
-    frame: Option<String>,
-}
-
-fn lowers(engine: &Engine, base: &BaseRef) -> Result<Lowers, Error> {
-    let refused = |error| error::base_refused(&base.to_string(), error);
-    match base {
-        BaseRef::Host { with } => {
-            let host = engine.host_base(with)?;
-            let io = |path: &str| {
-                let path = PathBuf::from(path);
-                move |source| Error::Io { op: "clone the mount of", path, source }
-            };
-            // A mount can be attached once: each sandbox gets clones.
-            let binds = host.binds.iter().map(|(path, mount)| {
-                let copy = mount::open_tree_clone(mount.as_fd(), c"", CloneWhat::One).map_err(io(path))?;
-                Ok((path.clone(), copy))
-            });
-            let binds = binds.collect::<Result<_, Error>>()?;
-            let tree = host.tree.try_clone().map_err(io("the host base"))?;
-            Ok(Lowers { lowers: vec![tree], binds, frame: Some(host.digest.clone()) })
-        }
-        BaseRef::Dir { path } => {
-            let tree = hostbase::directory(path, &engine.0.id_map).map_err(refused)?;
-            Ok(Lowers { lowers: vec![tree], binds: Vec::new(), frame: None })
-        }
-        BaseRef::Image { name } => {
-            let tree = engine.0.images.tree(name)?;
-            Ok(Lowers { lowers: vec![tree], binds: Vec::new(), frame: None })
-        }
-    }
+    Ok((manifest, tree, Life { init: spawned.init, link: spawned.link }))
 }

@@ -9,6 +9,7 @@
 //! It waits for its inbox, for init's messages and for init's end, and handles one thing at a time. Requests that do not
 //! fit the state are answered with an error; nothing is queued for later.
 
+mod checkpoints;
 mod commands;
 
 use std::collections::BTreeMap;
@@ -21,13 +22,20 @@ use std::time::{Duration, Instant};
 use deltabox_common::init::{FromInit, ToInit};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
-use super::api::{Attachment, Departure, ExecReport, ExecRequest, Exit, Reply, SandboxReport, SandboxState};
+use super::api::{
+    Attachment, CheckpointReport, CheckpointRequest, Departure, ExecReport, ExecRequest, Exit, GcReport, Reply,
+    RollbackReport, RollbackRequest, SandboxReport, SandboxState,
+};
 use super::command::{Command, OnExit, Tag};
+use super::footing::Footing;
+use super::gc::Tops;
 use super::inbox::Inbox;
 use super::logs::Logs;
 use super::manifest::Manifest;
 use super::store::SandboxDir;
-use super::{Error, ready};
+use super::tree::Tree;
+use super::{Engine, Error, ready};
+use crate::deltafs::layer::{LayerId, LiveLayer};
 use crate::latency::{Book, Phase, Span};
 use crate::sandbox::link::InitLink;
 use crate::sys::process::{self, Child};
@@ -42,6 +50,10 @@ pub(super) enum Message {
     Signal { pid: u32, signal: i32, reply: Reply<()> },
     StdinClosed { pid: u32 },
     ClientLeft { pid: u32, departure: Departure },
+    Checkpoint { request: Box<CheckpointRequest>, span: Span, reply: Reply<CheckpointReport> },
+    Rollback { request: RollbackRequest, span: Span, reply: Reply<RollbackReport> },
+    RemoveCheckpoint { checkpoint: String, reply: Reply<()> },
+    Collect { reply: Reply<GcReport> },
     Kill { reply: Reply<()> },
     Remove { span: Span, reply: Reply<()> },
 }
@@ -51,6 +63,10 @@ pub(super) enum Message {
 pub(super) struct Shown {
     pub(super) report: SandboxReport,
     pub(super) execs: Vec<ExecReport>,
+    pub(super) tree: Arc<Tree>,
+    pub(super) live: LayerId,
+    /// Layers that it needs, with all below them.
+    pub(super) tops: Tops,
 }
 
 /// How long processes may take to die after cgroup.kill (chosen: an unkillable one is stuck in the kernel).
@@ -78,6 +94,8 @@ struct Pending {
 
 /// What a driver is given of the engine and its sandbox.
 pub(super) struct DriverParts {
+    pub(super) engine: Engine,
+    pub(super) tree: Tree,
     pub(super) manifest: Manifest,
     pub(super) dir: SandboxDir,
     pub(super) mail: Arc<Mail>,
@@ -88,7 +106,14 @@ pub(super) struct DriverParts {
 }
 
 pub(super) struct Driver {
+    engine: Engine,
     manifest: Manifest,
+    tree: Arc<Tree>,
+    /// Its live layer and base, opened for the first checkpoint.
+    live: Option<LiveLayer>,
+    footing: Option<Footing>,
+    /// Why its processes are on different roots.
+    torn: Option<String>,
     dir: SandboxDir,
     mail: Arc<Mail>,
     shown: Arc<Mutex<Shown>>,
@@ -114,8 +139,13 @@ enum Alarm {
 
 impl Driver {
     pub(super) fn new(parts: DriverParts, life: Option<Life>) -> Self {
-        let DriverParts { manifest, dir, mail, shown, logs, retired, book } = parts;
+        let DriverParts { engine, tree, manifest, dir, mail, shown, logs, retired, book } = parts;
         Self {
+            engine,
+            tree: Arc::new(tree),
+            live: None,
+            footing: None,
+            torn: None,
             manifest,
             dir,
             mail,
@@ -173,6 +203,24 @@ impl Driver {
             Message::StdinClosed { .. } | Message::ClientLeft { .. } if self.retired.load(Ordering::SeqCst) => {}
             Message::StdinClosed { pid } => self.close_stdin(pid),
             Message::ClientLeft { pid, departure } => self.client_left(pid, departure),
+            Message::Checkpoint { request, mut span, reply } => match self.checkpoint(&request, &mut span) {
+                Ok((report, old)) => {
+                    self.show();
+                    reply(Ok(report));
+                    self.clean_up(old, None);
+                }
+                Err(error) => reply(Err(error)),
+            },
+            Message::Rollback { request, mut span, reply } => match self.rollback(&request, &mut span) {
+                Ok((report, old, discarded)) => {
+                    self.show();
+                    reply(Ok(report));
+                    self.clean_up(old, Some(discarded));
+                }
+                Err(error) => reply(Err(error)),
+            },
+            Message::RemoveCheckpoint { checkpoint, reply } => reply(self.remove_checkpoint(&checkpoint)),
+            Message::Collect { reply } => reply(self.engine.collect_of(&self.manifest.id)),
             Message::Kill { reply } => {
                 let result = self.kill("killed by request");
                 self.show();
@@ -235,7 +283,12 @@ impl Driver {
             .inspect(|()| span.end_of(Phase::Kill))
             .and_then(|()| self.manifest.cgroups.remove().map_err(Error::from))
             .inspect(|()| span.end_of(Phase::Cgroup))
-            .and_then(|()| self.dir.remove().map_err(io_error("remove", &self.dir)));
+            .and_then(|()| self.dir.remove().map_err(io_error("remove", &self.dir)))
+            .and_then(|()| {
+                // From here on nothing needs its layers but what other sandboxes have of them.
+                self.lock_shown().tops.clear();
+                self.engine.collect_of(&self.manifest.id).map(drop)
+            });
         self.show();
         if let Err(error) = result {
             reply(Err(error));
@@ -319,8 +372,28 @@ impl Driver {
     }
 
     fn show(&self) {
-        self.lock_shown().execs = self.commands.values().map(Command::report).collect();
+        let execs = self.commands.values().map(Command::report).collect();
+        let mut shown = self.lock_shown();
+        shown.execs = execs;
+        if shown.report.epoch == self.manifest.epoch
+            && shown.live == self.manifest.live
+            && Arc::ptr_eq(&shown.tree, &self.tree)
+        {
+            return;
+        }
+        shown.report.epoch = self.manifest.epoch;
+        shown.report.head = self.manifest.head.map(|id| id.to_string());
+        shown.report.live_layer = self.engine.0.layers.path(self.manifest.live);
+        shown.live = self.manifest.live;
+        shown.tree = Arc::clone(&self.tree);
+        shown.tops = tops(&self.manifest, &self.tree);
     }
+}
+
+/// The layers by which a sandbox needs others.
+pub(super) fn tops(manifest: &Manifest, tree: &Tree) -> Tops {
+    let own = [Some(manifest.live), manifest.next].into_iter().flatten();
+    tree.iter().filter_map(|one| one.top).chain(own).collect()
 }
 
 /// Tells the client, if there is one.
@@ -337,6 +410,10 @@ pub(super) fn refuse(message: Message, id: &crate::sandbox::SandboxId) {
     match message {
         Message::Exec { reply, .. } | Message::Attach { reply, .. } => reply(Err(gone())),
         Message::Signal { reply, .. } | Message::Kill { reply } | Message::Remove { reply, .. } => reply(Err(gone())),
+        Message::Checkpoint { reply, .. } => reply(Err(gone())),
+        Message::Rollback { reply, .. } => reply(Err(gone())),
+        Message::RemoveCheckpoint { reply, .. } => reply(Err(gone())),
+        Message::Collect { reply } => reply(Err(gone())),
         Message::StdinClosed { .. } | Message::ClientLeft { .. } => {}
     }
 }

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::deltafs::hostbase::HostBaseError;
+use crate::deltafs::layers::ChainError;
 use crate::sandbox::SandboxId;
 use crate::sandbox::cgroup::CgroupError;
 
@@ -46,6 +47,34 @@ pub enum Error {
         id: SandboxId,
         /// PID inside.
         pid: u32,
+    },
+    /// No such checkpoint.
+    #[error("sandbox `{id}` has no checkpoint `{checkpoint}`")]
+    NoCheckpoint {
+        /// The sandbox.
+        id: SandboxId,
+        /// What was named.
+        checkpoint: String,
+    },
+    /// Some of its processes see the files of another state: the machine failed in the middle of a switch, and again
+    /// on the way back.
+    #[error("sandbox `{id}` is torn: {why}")]
+    Torn {
+        /// The sandbox.
+        id: SandboxId,
+        /// What happened.
+        why: String,
+    },
+    /// A layer that is needed is not whole. The sandbox is as before.
+    #[error(transparent)]
+    Layer(#[from] ChainError),
+    /// A switch to another root failed; the sandbox is as before.
+    #[error("{what}: {source}")]
+    Switch {
+        /// What was being done, up to the step.
+        what: String,
+        /// The kernel's word.
+        source: io::Error,
     },
     /// No such imported base.
     #[error("no image `{name}`")]
@@ -122,10 +151,18 @@ impl Error {
     pub fn kind(&self) -> Kind {
         match self {
             Self::Invalid { .. } | Self::Start { .. } => Kind::Invalid,
-            Self::NoSandbox { .. } | Self::NoExec { .. } | Self::NoBase { .. } => Kind::NotFound,
+            Self::NoSandbox { .. } | Self::NoExec { .. } | Self::NoCheckpoint { .. } | Self::NoBase { .. } => {
+                Kind::NotFound
+            }
             Self::Exists { .. } | Self::Dead { .. } => Kind::Conflict,
             Self::Refused { .. } => Kind::Refused,
-            Self::Io { .. } | Self::Create { .. } | Self::Cgroup(_) | Self::ShuttingDown => Kind::Failed,
+            Self::Io { .. }
+            | Self::Create { .. }
+            | Self::Cgroup(_)
+            | Self::Torn { .. }
+            | Self::Layer(_)
+            | Self::Switch { .. }
+            | Self::ShuttingDown => Kind::Failed,
         }
     }
 
@@ -135,6 +172,10 @@ impl Error {
             Self::Invalid { .. } => "invalid",
             Self::NoSandbox { .. } => "no_sandbox",
             Self::NoExec { .. } => "no_exec",
+            Self::NoCheckpoint { .. } => "no_checkpoint",
+            Self::Torn { .. } => "torn",
+            Self::Layer(_) => "damaged_layer",
+            Self::Switch { .. } => "switch_failed",
             Self::NoBase { .. } => "no_image",
             Self::Exists { .. } => "exists",
             Self::Dead { .. } => "dead",
@@ -153,11 +194,15 @@ impl Error {
             Self::Invalid { .. } => "see `deltabox help`".to_owned(),
             Self::NoSandbox { .. } => "`deltabox ls` shows the sandboxes".to_owned(),
             Self::NoExec { .. } => "`deltabox inspect SANDBOX` shows its commands".to_owned(),
+            Self::NoCheckpoint { .. } => "`deltabox tree SANDBOX` shows its checkpoints".to_owned(),
+            Self::Torn { .. } => "its checkpoints are whole; end it with `deltabox kill` or `deltabox rm`".to_owned(),
             Self::NoBase { .. } => "`deltabox image ls` shows the images".to_owned(),
             Self::Exists { what, .. } => format!("choose another name, or remove that {what} first"),
             Self::Dead { .. } => "its files are still there; `deltabox rm` removes it".to_owned(),
             Self::Start { .. } => "check the program, working directory and user; the sandbox is as before".to_owned(),
             Self::Refused { hint, .. } => hint.clone(),
+            Self::Layer(_) => "other checkpoints may be whole: `deltabox tree` shows them".to_owned(),
+            Self::Switch { .. } => "its programs run on and nothing has changed; try again".to_owned(),
             Self::Create { .. } | Self::Cgroup(_) | Self::Io { .. } => {
                 "see the daemon's log in the store directory; `deltabox doctor` checks the machine".to_owned()
             }

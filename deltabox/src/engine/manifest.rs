@@ -6,12 +6,14 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::tree::CheckpointId;
+use crate::deltafs::layer::LayerId;
 use crate::sandbox::cgroup::Cgroups;
 use crate::sandbox::{SandboxId, SandboxSpec};
 
 const FILE: &str = "sandbox.json";
 /// Raised when a field changes its meaning.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// A sandbox on record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,8 +24,16 @@ pub(super) struct Manifest {
     pub(super) created_unix_ms: u64,
     pub(super) create_us: u64,
     pub(super) cgroups: Cgroups,
-    /// Name of the live layer's directory below `layers`.
-    pub(super) live_layer: String,
+    /// The layer that takes its changes.
+    pub(super) live: LayerId,
+    /// The layer that was to become the live one when this was written, and may have.
+    pub(super) next: Option<LayerId>,
+    /// The checkpoint that its state comes from.
+    pub(super) head: Option<CheckpointId>,
+    /// Raised by every checkpoint and rollback.
+    pub(super) epoch: u64,
+    /// Number of the next checkpoint.
+    pub(super) next_checkpoint: u32,
     /// The frame, for a host base.
     pub(super) frame: Option<String>,
     pub(super) init: InitIdentity,
@@ -46,11 +56,25 @@ impl Manifest {
         created_unix_ms: u64,
         create_us: u64,
         cgroups: Cgroups,
-        live_layer: String,
+        live: LayerId,
         frame: Option<String>,
         init: InitIdentity,
     ) -> Self {
-        Self { version: VERSION, id, spec, created_unix_ms, create_us, cgroups, live_layer, frame, init }
+        Self {
+            version: VERSION,
+            id,
+            spec,
+            created_unix_ms,
+            create_us,
+            cgroups,
+            live,
+            next: None,
+            head: None,
+            epoch: 0,
+            next_checkpoint: 1,
+            frame,
+            init,
+        }
     }
 
     /// Puts it in place; from the rename on the sandbox exists.

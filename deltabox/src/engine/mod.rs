@@ -9,7 +9,10 @@ mod command;
 mod create;
 mod driver;
 mod error;
+mod footing;
+mod gc;
 mod inbox;
+mod janitor;
 mod logs;
 mod manifest;
 mod processes;
@@ -18,10 +21,12 @@ mod recover;
 mod request;
 mod store;
 mod switch;
+mod tree;
 
 pub use api::{
-    Attachment, BaseReport, CreateRequest, ExecReport, ExecRequest, Exit, LogReport, OnDisconnect, ProcessReport,
-    Reply, SandboxReport, SandboxState, StdinEnd, StdinHold, Stdio, Streams, WindowSize,
+    Attachment, BaseReport, CheckpointReport, CheckpointRequest, CreateRequest, DiskReport, ExecReport, ExecRequest,
+    Exit, GcReport, LogReport, OnDisconnect, PhaseTime, ProcessReport, Reply, RollbackReport, RollbackRequest,
+    SandboxReport, SandboxState, StdinEnd, StdinHold, Stdio, Streams, TreeNode, TreeReport, WindowSize,
 };
 pub use error::{Error, Kind};
 
@@ -35,10 +40,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use crate::deltafs::fixtures::Fixtures;
 use crate::deltafs::hostbase::HostBase;
 use crate::deltafs::imported::ImportedBases;
+use crate::deltafs::layers::Layers;
 use crate::kernel::cgroups::Hierarchies;
 use crate::latency::{self, Book, Operation, Span, Subject};
 use crate::sandbox::{SandboxId, idmap};
 use driver::{Mail, Message, Shown};
+use janitor::Janitor;
 use logs::Logs;
 use store::Store;
 
@@ -64,6 +71,8 @@ struct Inner {
     /// Host bases in use, by what was asked to be shown beyond the default.
     host_bases: Mutex<HashMap<Vec<PathBuf>, Arc<HostBase>>>,
     images: ImportedBases,
+    layers: Layers,
+    janitor: Janitor,
     sandboxes: Mutex<BTreeMap<SandboxId, Handle>>,
     /// Images on their way out, which no new sandbox may take. Locked only with `sandboxes` held.
     leaving: Mutex<BTreeSet<String>>,
@@ -107,6 +116,9 @@ impl Engine {
         let images = ImportedBases::at(&store.bases());
         let bases = store.bases();
         images.clean().map_err(|source| Error::Io { op: "clean up", path: bases, source })?;
+        let dir = store.layers();
+        let layers = Layers::open(&dir).map_err(|source| Error::Io { op: "open", path: dir, source })?;
+        let janitor = Janitor::start().map_err(io("start the janitor of", "deltabox"))?;
         let (host_bases, sandboxes, leaving, retired) = Default::default();
         let engine = Self(Arc::new(Inner {
             store,
@@ -117,6 +129,8 @@ impl Engine {
             book: Arc::default(),
             host_bases,
             images,
+            layers,
+            janitor,
             sandboxes,
             leaving,
             retired,
@@ -217,6 +231,27 @@ impl Engine {
             }
         };
         Ok(self.0.book.rows(&subject))
+    }
+
+    /// Makes a checkpoint and replies when it exists.
+    pub fn checkpoint(&self, id: &SandboxId, request: CheckpointRequest, reply: Reply<CheckpointReport>) {
+        let span = Span::begin(Operation::Checkpoint);
+        self.post(id, Message::Checkpoint { request: Box::new(request), span, reply });
+    }
+
+    /// Takes a sandbox back to a checkpoint and replies when its programs run on.
+    pub fn rollback(&self, id: &SandboxId, request: RollbackRequest, reply: Reply<RollbackReport>) {
+        self.post(id, Message::Rollback { request, span: Span::begin(Operation::Rollback), reply });
+    }
+
+    /// Removes a checkpoint, by id or name; its children get its parent.
+    pub fn remove_checkpoint(&self, id: &SandboxId, checkpoint: String, reply: Reply<()>) {
+        self.post(id, Message::RemoveCheckpoint { checkpoint, reply });
+    }
+
+    /// Removes all layers that nobody needs.
+    pub fn gc(&self, reply: Reply<GcReport>) {
+        self.collect(reply);
     }
 
     /// Ends every process of a sandbox; its files stay until `remove`.

@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use deltabox_common::init::ToInit;
 
@@ -13,11 +13,14 @@ use super::create::{drive_to_the_end, register};
 use super::driver::{Life, Mail};
 use super::manifest::Manifest;
 use super::store::{DAMAGED, REMOVING};
+use super::switch::{Purpose, finish};
+use super::tree::Tree;
 use super::{Engine, Error};
+use crate::deltafs::layer::Record;
 use crate::deltafs::remove::remove_tree;
 use crate::sandbox::cgroup::{self, Cgroups};
 use crate::sandbox::link::InitLink;
-use crate::sandbox::{self, SandboxId};
+use crate::sandbox::{self, SandboxId, root};
 use crate::sys::process::{self, Child};
 
 /// How long processes of a half-made sandbox may take to die.
@@ -67,6 +70,7 @@ pub(super) fn recover(engine: &Engine) -> Result<(), Error> {
         }
     }
     clean_cgroups(engine)?;
+    clean_layers(engine)?;
     clean_frames(&engine.0.store.frames(), &frames)
 }
 
@@ -78,8 +82,15 @@ fn log_failure(sandbox: &str, what: &'static str, result: Result<(), Error>) {
 }
 
 /// A sandbox on record: its init still runs, or it is dead.
-fn take_up(engine: &Engine, manifest: Manifest) -> Result<(), Error> {
+fn take_up(engine: &Engine, mut manifest: Manifest) -> Result<(), Error> {
     let id = manifest.id.clone();
+    let dir = engine.0.store.sandbox(&id);
+    let at = |op| {
+        let path = dir.path().to_owned();
+        move |source| Error::Io { op, path, source }
+    };
+    let tree = Tree::load(&dir.checkpoints()).map_err(at("read the checkpoints in"))?;
+    super::driver::tops(&manifest, &tree).into_iter().for_each(|layer| engine.0.layers.keep_clear_of(layer));
     let listener = engine.0.store.sandbox(&id).listener();
     let life = match reach(&manifest, &listener) {
         Ok(life) => Some(life),
@@ -90,15 +101,55 @@ fn take_up(engine: &Engine, manifest: Manifest) -> Result<(), Error> {
             None
         }
     };
+    if let Err(error) = settle(engine, &mut manifest, &tree, life.as_ref()) {
+        tracing::error!(sandbox = %id, %error, "in the middle of a switch; it cannot be finished");
+    }
     let io = |source| Error::Io { op: "recover", path: listener.clone(), source };
     let mail = Arc::new(Mail::new().map_err(|errno| io(errno.into()))?);
-    let mut driver = register(engine, manifest, life, mail);
+    let mut driver = register(engine, manifest, tree, life, mail);
     let (engine, name) = (engine.clone(), id.clone());
     let drive = move || {
         driver.hear_the_list(LIST_DEADLINE);
         drive_to_the_end(&engine, &name, driver);
     };
     std::thread::Builder::new().name(format!("sb-{id}")).spawn(drive).map(drop).map_err(io)
+}
+
+/// Finishes a switch that the last engine was in the middle of: which layer is the live one, and everybody on it.
+fn settle(engine: &Engine, manifest: &mut Manifest, tree: &Tree, life: Option<&Life>) -> Result<(), Error> {
+    let io = |source| Error::Io { op: "finish a switch of", path: manifest.cgroups.unified.clone(), source };
+    let next = manifest.next.filter(|next| engine.0.layers.load(*next).is_ok());
+    let live = match life {
+        Some(life) => {
+            let group = manifest.cgroups.unified.join("live");
+            // A checkpoint's next layer lies above the live one, a rollback's does not.
+            let parent = next.and_then(|next| engine.0.layers.load(next).ok()).and_then(|layer| layer.record().parent);
+            let purpose = if parent == Some(manifest.live) { Purpose::Freeze } else { Purpose::Discard };
+            finish(life.init.pid, &group, purpose, Instant::now() + DEADLINE)
+                .map_err(|error| io(io::Error::other(error)))?;
+            let at = root::upper_of(life.init.pid).map_err(io)?;
+            next.filter(|next| at.parent().and_then(Path::file_name) == Some(next.to_string().as_ref()))
+        }
+        // Nobody runs, so nobody can tell. A checkpoint's next layer lies above the live one: with it nothing is lost.
+        None => {
+            let parent = next.and_then(|next| engine.0.layers.load(next).ok()).and_then(|layer| layer.record().parent);
+            next.filter(|_| parent == Some(manifest.live))
+        }
+    };
+    if let Some(live) = live {
+        let record = engine.0.layers.load(live).map_err(io)?.record().clone();
+        let head = record.head.and_then(|head| head.parse().ok()).filter(|head| tree.get(*head).is_some());
+        // A rollback comes from its target; a checkpoint that does not exist leaves the head as it was.
+        (manifest.live, manifest.head) = (live, head.or(manifest.head));
+        manifest.epoch += 1;
+    }
+    // Numbers are given once: one may have been given, and its manifest not been written.
+    let used = tree.iter().map(|one| one.id.0 + 1).max().unwrap_or(1);
+    manifest.next_checkpoint = manifest.next_checkpoint.max(used);
+    if manifest.next.take().is_some() || live.is_some() {
+        manifest.save(engine.0.store.sandbox(&manifest.id).path()).map_err(io)?;
+    }
+    Ok(())
 }
 
 /// Connects to a sandbox's init and asks what it holds.
@@ -119,7 +170,32 @@ fn set_aside(engine: &Engine, id: &SandboxId) -> Result<(), Error> {
     clean_cgroups_of(engine, id)?;
     let dir = engine.0.store.sandbox(id);
     let aside = dir.path().with_file_name(format!("{DAMAGED}{id}-{}", super::unix_ms()));
-    fs::rename(dir.path(), aside).map_err(|source| Error::Io { op: "rename", path: dir.path().to_owned(), source })
+    let io = |source| Error::Io { op: "set aside", path: dir.path().to_owned(), source };
+    fs::rename(dir.path(), &aside).map_err(io)?;
+    // With its layers, or a later sandbox of this name would take them for its own.
+    fs::create_dir_all(aside.join("layers")).map_err(io)?;
+    for layer in engine.0.layers.list().map_err(io)? {
+        let path = engine.0.layers.path(layer);
+        if Record::load(&path).is_ok_and(|record| record.sandbox == *id) {
+            fs::rename(&path, aside.join("layers").join(layer.to_string())).map_err(io)?;
+        }
+    }
+    Ok(())
+}
+
+/// Layers that nobody needs: of sandboxes that are no more, of switches that were cut short, half made.
+fn clean_layers(engine: &Engine) -> Result<(), Error> {
+    let io = |source| Error::Io { op: "clean up", path: engine.0.store.layers(), source };
+    for layer in engine.0.layers.list().map_err(io)? {
+        // One of a later version is another engine's.
+        let record = Record::load(&engine.0.layers.path(layer));
+        if record.is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+            log_failure(&layer.to_string(), "remove a half-made layer", engine.0.layers.remove(layer).map_err(io));
+        }
+    }
+    engine.collect_orphans()?;
+    let known: Vec<_> = engine.sandboxes().keys().cloned().collect();
+    known.iter().try_for_each(|id| engine.collect_of(id).map(drop))
 }
 
 fn clean(engine: &Engine, id: &SandboxId) -> Result<(), Error> {

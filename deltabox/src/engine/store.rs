@@ -7,7 +7,8 @@
 //!   daemon.log
 //!   bases/NAME/     imported images
 //!   frames/DIGEST/  what `--base host` shows (deltafs::hostbase)
-//!   sandboxes/ID/   sandbox.json  init.sock  layers/LAYER/{upper,work}  logs/PID.log
+//!   layers/LAYER/   layer.json  upper/  work/     shared by all sandboxes (deltafs::layers)
+//!   sandboxes/ID/   sandbox.json  init.sock  checkpoints/cN.json  logs/PID.log
 //! ```
 //! A sandbox exists if and only if its `sandbox.json` was renamed into place.
 
@@ -73,6 +74,10 @@ impl Store {
         self.root.join("frames")
     }
 
+    pub(super) fn layers(&self) -> PathBuf {
+        self.root.join("layers")
+    }
+
     pub(super) fn sandboxes(&self) -> PathBuf {
         self.root.join("sandboxes")
     }
@@ -124,8 +129,8 @@ impl SandboxDir {
         self.0.join("init.sock")
     }
 
-    pub(super) fn layers(&self) -> PathBuf {
-        self.0.join("layers")
+    pub(super) fn checkpoints(&self) -> PathBuf {
+        self.0.join("checkpoints")
     }
 
     pub(super) fn logs(&self) -> PathBuf {
@@ -139,7 +144,7 @@ impl SandboxDir {
     /// Makes the directory itself and those in it. Fails if it exists.
     pub(super) fn create(&self) -> io::Result<()> {
         fs::create_dir(&self.0)?;
-        fs::create_dir(self.layers())?;
+        fs::create_dir(self.checkpoints())?;
         fs::create_dir(self.logs())
     }
 

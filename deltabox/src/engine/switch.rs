@@ -10,7 +10,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use libc::pid_t;
 
@@ -57,12 +57,13 @@ pub(super) struct OldRoot {
 }
 
 impl OldRoot {
-    /// Takes it out of the sandbox's tree and drops it. If nothing uses it any more its inodes are torn down: 50 to
-    /// 90 ms for 20,000 of them, so not on a thread that anybody waits for.
-    pub(super) fn drop_slowly(self) {
+    /// Takes it out of the sandbox's tree. To drop what is left tears down its inodes, if nothing uses it any more: 50
+    /// to 90 ms for 20,000 of them, so not on a thread that anybody waits for.
+    pub(super) fn detach(self) -> Root {
         if let Err(error) = self.namespace.detach(&self.root) {
             tracing::warn!(%error, "the old root stays attached until its sandbox ends");
         }
+        self.root
     }
 }
 
@@ -71,7 +72,12 @@ impl OldRoot {
 pub(super) enum SwitchError {
     /// Something about its programs stands in the way. They run on, nothing has changed.
     #[error("{why}")]
-    Refused { why: String, hint: String },
+    Refused {
+        why: String,
+        hint: String,
+        /// It passes as soon as they have run a little.
+        passing: bool,
+    },
     /// The machine failed. They run on, nothing has changed.
     #[error("{what}: {source}")]
     Failed { what: String, source: io::Error },
@@ -81,11 +87,12 @@ pub(super) enum SwitchError {
 }
 
 /// Moves the sandbox to the root that `next` gives: a detached mount, or `None` if there is nothing to do. `next` runs
-/// while the programs stand still. Ends the phases from `Arm` to `Resume`.
+/// while the programs stand still, and again if they have to be let go for a moment (a connection that waits to be
+/// accepted). Ends the phases from `Arm` to `Resume`; a repeated attempt counts its time from its own stop on.
 pub(super) fn switch(
     ground: &Ground<'_>,
     purpose: Purpose,
-    next: impl FnOnce() -> io::Result<Option<OwnedFd>> + Send,
+    mut next: impl FnMut() -> io::Result<Option<OwnedFd>> + Send,
     span: &mut Span,
 ) -> Result<Switched, SwitchError> {
     let failed = |what: &str| {
@@ -94,39 +101,115 @@ pub(super) fn switch(
     };
     let namespace = Namespace::of(ground.init).map_err(failed("find the sandbox's mounts"))?;
     let from = Root::of(ground.init).map_err(failed("find the sandbox's root"))?;
-    let request = Request { group: ground.group, excluded: &[ground.init], deadline: ground.deadline };
-    span.end_of(Phase::Arm);
-    let clock = &mut *span;
-    let switched = while_stopped(request, move |stopped| {
-        clock.end_of(Phase::Stop);
-        let (n_processes, n_threads) = (stopped.processes().len(), stopped.n_threads());
-        let Some(mount) = next().map_err(failed("make the next root"))? else {
-            return Ok(Switched::Unchanged { n_processes, n_threads });
-        };
-        let to = Root::new(mount).map_err(failed("make the next root"))?;
-        let missing = match purpose {
-            Purpose::Freeze => Missing::Copied,
-            Purpose::Discard => Missing::Left,
-        };
-        let plan = Plan::make(stopped, &from)?;
-        clock.end_of(Phase::Plan);
-        let mut opened = plan.open(&to, missing)?;
-        clock.end_of(Phase::Open);
-        let n_descriptions = opened.n_descriptions();
-        namespace.pivot(&from, &to).map_err(failed("pivot"))?;
-        clock.end_of(Phase::Pivot);
-        let rebased = opened.commit(stopped, &namespace).map_err(SwitchError::from);
-        drop(opened);
-        clock.end_of(Phase::Rebase);
-        let sealed = rebased.and_then(|()| seal(&namespace, &from, purpose));
-        clock.end_of(Phase::Seal);
-        if let Err(error) = sealed {
-            return Err(go_back(stopped, &namespace, &to, &from, error));
+    let mut pause = FIRST_PAUSE;
+    let before = *span;
+    let done = loop {
+        *span = before;
+        span.end_of(Phase::Arm);
+        // The last attempt too has time to stop them.
+        let deadline = ground.deadline.max(Instant::now() + STOP_AT_LEAST);
+        let request = Request { group: ground.group, excluded: &[ground.init], deadline };
+        let attempt = while_stopped(request, |stopped| {
+            span.end_of(Phase::Stop);
+            move_all(stopped, &namespace, &from, purpose, &mut next, span)
+        });
+        match attempt.map_err(SwitchError::from).flatten() {
+            Err(SwitchError::Refused { passing: true, .. }) if Instant::now() + pause < ground.deadline => {
+                // For its programs to do what the refusal waits for; there is nothing to be woken by.
+                std::thread::sleep(pause);
+                pause = (pause * 2).min(LONGEST_PAUSE);
+            }
+            other => break other?,
         }
-        Ok(Switched::Moved { n_processes, n_threads, n_descriptions, old: OldRoot { namespace, root: from } })
-    })?;
+    };
     span.end_of(Phase::Resume);
-    switched
+    let Done { n_processes, n_threads, n_descriptions } = done;
+    Ok(match n_descriptions {
+        None => Switched::Unchanged { n_processes, n_threads },
+        Some(n_descriptions) => {
+            Switched::Moved { n_processes, n_threads, n_descriptions, old: OldRoot { namespace, root: from } }
+        }
+    })
+}
+
+/// Between two attempts (chosen: what is waited for takes a program microseconds once it runs).
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(20);
+/// How long a stop may take at the end of the time (chosen).
+const STOP_AT_LEAST: Duration = Duration::from_secs(1);
+
+/// What one attempt has done.
+struct Done {
+    n_processes: usize,
+    n_threads: usize,
+    /// `None`: there was nothing to do.
+    n_descriptions: Option<usize>,
+}
+
+/// The part during which the programs stand still.
+fn move_all(
+    stopped: &mut Stopped,
+    namespace: &Namespace,
+    from: &Root,
+    purpose: Purpose,
+    next: &mut impl FnMut() -> io::Result<Option<OwnedFd>>,
+    clock: &mut Span,
+) -> Result<Done, SwitchError> {
+    let failed = |what: &str| {
+        let what = what.to_owned();
+        move |source| SwitchError::Failed { what, source }
+    };
+    let (n_processes, n_threads) = (stopped.processes().len(), stopped.n_threads());
+    let Some(mount) = next().map_err(failed("make the next root"))? else {
+        return Ok(Done { n_processes, n_threads, n_descriptions: None });
+    };
+    let to = Root::new(mount).map_err(failed("make the next root"))?;
+    let missing = match purpose {
+        Purpose::Freeze => Missing::Copied,
+        Purpose::Discard => Missing::Left,
+    };
+    let plan = Plan::make(stopped, from, from)?;
+    clock.end_of(Phase::Plan);
+    let mut opened = plan.open(&to, missing)?;
+    clock.end_of(Phase::Open);
+    let n_descriptions = Some(opened.n_descriptions());
+    namespace.pivot(from, &to).map_err(failed("pivot"))?;
+    clock.end_of(Phase::Pivot);
+    let rebased = opened.commit(stopped, namespace).map_err(SwitchError::from);
+    drop(opened);
+    clock.end_of(Phase::Rebase);
+    let sealed = rebased.and_then(|()| seal(namespace, from, purpose));
+    clock.end_of(Phase::Seal);
+    match sealed {
+        Ok(()) => Ok(Done { n_processes, n_threads, n_descriptions }),
+        Err(error) => Err(go_back(stopped, namespace, &to, from, error)),
+    }
+}
+
+/// Finishes, or undoes, what an engine that died in the middle of a switch has left: all processes are on init's root
+/// then, and only that is in the tree.
+pub(super) fn finish(init: pid_t, group: &Path, purpose: Purpose, deadline: Instant) -> Result<(), SwitchError> {
+    let failed = |what: &str| {
+        let what = what.to_owned();
+        move |source| SwitchError::Failed { what, source }
+    };
+    let namespace = Namespace::of(init).map_err(failed("find the sandbox's mounts"))?;
+    let root = Root::of(init).map_err(failed("find the sandbox's root"))?;
+    namespace.take_off(&root).map_err(failed("take back a root that was not entered"))?;
+    let Some(old) = Root::left(init).map_err(failed("find the old root"))? else { return Ok(()) };
+    let request = Request { group, excluded: &[init], deadline };
+    let missing = match purpose {
+        Purpose::Freeze => Missing::CopiedLate,
+        Purpose::Discard => Missing::Copied,
+    };
+    while_stopped(request, |stopped| {
+        let mut opened = Plan::make(stopped, &root, &old)?.open(&root, missing)?;
+        opened.commit(stopped, &namespace)?;
+        drop(opened);
+        // A layer that was discarded need not be sealed, and one that is frozen has no writers any more.
+        let _ = namespace.seal(&old).map_err(failed("seal the old root"))?;
+        namespace.detach(&old).map_err(failed("detach the old root"))
+    })?
 }
 
 fn seal(namespace: &Namespace, from: &Root, purpose: Purpose) -> Result<(), SwitchError> {
@@ -141,13 +224,14 @@ fn seal(namespace: &Namespace, from: &Root, purpose: Purpose) -> Result<(), Swit
     Err(SwitchError::Refused {
         why: "something outside of its processes can still write to its files".to_owned(),
         hint: "a program of the host has a file of the sandbox open for writing; close it and try again".to_owned(),
+        passing: false,
     })
 }
 
 /// Back to the root that was left. What was copied stays with its holders.
 fn go_back(stopped: &mut Stopped, namespace: &Namespace, from: &Root, to: &Root, reason: SwitchError) -> SwitchError {
     let mut go = || -> Result<(), SwitchError> {
-        let mut opened = Plan::make(stopped, from)?.open(to, Missing::Left)?;
+        let mut opened = Plan::make(stopped, from, from)?.open(to, Missing::Left)?;
         namespace.pivot(from, to).map_err(|source| SwitchError::Failed { what: "pivot back".to_owned(), source })?;
         opened.commit(stopped, namespace)?;
         namespace.detach(from).map_err(|source| SwitchError::Failed { what: "detach".to_owned(), source })
@@ -164,6 +248,7 @@ impl From<StopError> for SwitchError {
             StopError::Refused(refusal) => Self::Refused {
                 why: refusal.to_string(),
                 hint: "its programs run on; try again when that process is done with it".to_owned(),
+                passing: false,
             },
             other => Self::Failed { what: "stop its processes".to_owned(), source: io::Error::other(other) },
         }
@@ -174,8 +259,12 @@ impl From<RebaseError> for SwitchError {
     fn from(error: RebaseError) -> Self {
         let hint = "its programs run on; close that, or end the process".to_owned();
         match error {
-            RebaseError::Refused(refusal) => Self::Refused { why: refusal.to_string(), hint },
-            RebaseError::Inject(InjectError::Refused(refusal)) => Self::Refused { why: refusal.to_string(), hint },
+            RebaseError::Refused(refusal) => {
+                Self::Refused { why: refusal.to_string(), hint, passing: refusal.is_passing() }
+            }
+            RebaseError::Inject(InjectError::Refused(refusal)) => {
+                Self::Refused { why: refusal.to_string(), hint, passing: false }
+            }
             other => Self::Failed { what: "move its processes".to_owned(), source: io::Error::other(other) },
         }
     }

@@ -17,6 +17,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
 
 use libc::pid_t;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
@@ -26,6 +27,7 @@ use nix::sys::stat::Mode;
 
 use crate::kernel::cgroups::unescape;
 use crate::sys::mount::{self, attr};
+use crate::sys::reconfigure::drop_caches_of;
 use crate::sys::stat::stat;
 
 /// Where the old root waits: a directory that every sandbox's `/dev` has.
@@ -46,6 +48,15 @@ impl Root {
         Self::new(nix::fcntl::open(path.as_str(), flags, Mode::empty())?)
     }
 
+    /// The one that was left and not detached since, seen by process `pid`.
+    pub fn left(pid: pid_t) -> io::Result<Option<Self>> {
+        let root = Self::of(pid)?;
+        let old = root.open(&LANDING.to_owned(), OFlag::O_PATH | OFlag::O_DIRECTORY)?;
+        let around = root.open(&c"dev".to_owned(), OFlag::O_PATH | OFlag::O_DIRECTORY)?;
+        let is_mounted = stat(old.as_fd())?.mount != stat(around.as_fd())?.mount;
+        if is_mounted { Self::new(old).map(Some) } else { Ok(None) }
+    }
+
     /// Of a mount, attached or not.
     pub fn new(mount: OwnedFd) -> io::Result<Self> {
         let id = stat(mount.as_fd())?.mount;
@@ -55,6 +66,15 @@ impl Root {
     /// The number that fdinfo calls `mnt_id`.
     pub fn mount(&self) -> u64 {
         self.mount
+    }
+
+    /// Tears down what is cached of it and not in use. Programs whose text lies on it keep the rest; without this the
+    /// last of them would do all of it when it ends.
+    ///
+    /// # Errors
+    /// The kernel's word.
+    pub fn tear_down(&self) -> io::Result<()> {
+        drop_caches_of(self.dir.as_fd())
     }
 
     /// Opens what a program with this root would get at `path`, which has no symbolic links.
@@ -134,6 +154,22 @@ impl Namespace {
         }
     }
 
+    /// Takes a next root away that was put on `root` and never entered, and moves back what was moved to it.
+    pub fn take_off(&self, root: &Root) -> io::Result<()> {
+        self.visit(|| {
+            // setns goes up to the topmost mount.
+            let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+            let top = Root::new(nix::fcntl::open(c"/", flags, Mode::empty())?)?;
+            if top.mount == root.mount {
+                return Ok(());
+            }
+            for at in &self.submounts {
+                move_submount(&top, root, at)?;
+            }
+            detach(&top)
+        })
+    }
+
     /// Takes a root that was left out of the tree. What still uses it keeps it.
     pub fn detach(&self, root: &Root) -> io::Result<()> {
         self.visit(|| detach(root))
@@ -170,10 +206,28 @@ fn parse_submounts(mountinfo: &str) -> Option<Vec<CString>> {
         (fields.len() == 5).then_some(fields)
     };
     let mounts: Vec<_> = mountinfo.lines().filter_map(fields).collect();
-    let root = &mounts.iter().find(|mount| mount[4] == "/")?[0];
-    let on_root = mounts.iter().filter(|mount| mount[1] == *root && mount[4] != "/");
+    // A pivot that was cut short has left another on the root, and some of what was there on that.
+    let roots: Vec<_> = mounts.iter().filter(|mount| mount[4] == "/").map(|mount| &mount[0]).collect();
+    let on_root = mounts.iter().filter(|mount| roots.contains(&&mount[1]) && mount[4] != "/");
+    if roots.is_empty() {
+        return None;
+    }
     let relative = |at: &str| unescape(at.trim_start_matches('/').as_bytes()).into_os_string().into_vec();
     on_root.map(|mount| CString::new(relative(&mount[4])).ok()).collect()
+}
+
+/// The upper directory of the overlay that is the root of process `pid`.
+pub fn upper_of(pid: pid_t) -> io::Result<PathBuf> {
+    let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo"))?;
+    let upper = parse_upper(&mounts);
+    upper.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("process {pid} has no overlay as its root")))
+}
+
+fn parse_upper(mountinfo: &str) -> Option<PathBuf> {
+    let root = mountinfo.lines().find(|line| line.split(' ').nth(4) == Some("/"))?;
+    let options = root.rsplit(' ').next()?;
+    let upper = options.split(',').find_map(|option| option.strip_prefix("upperdir="))?;
+    Some(unescape(upper.as_bytes()))
 }
 
 #[cfg(test)]
@@ -192,6 +246,22 @@ mod tests {
     fn mounts_on_the_root_are_found_and_those_below_are_not() {
         let found = parse_submounts(MOUNTS).expect("a root");
         assert_eq!(found, [c"proc", c"dev", c"opt/a b"].map(CString::from));
+    }
+
+    #[test]
+    fn what_a_pivot_that_was_cut_short_has_moved_is_found_too() {
+        let mounts = MOUNTS.replace("93 90 0:42 / /dev", "99 90 0:50 / / rw - overlay overlay rw\n93 99 0:42 / /dev");
+        assert_eq!(parse_submounts(&mounts).expect("a root"), [c"proc", c"dev", c"opt/a b"].map(CString::from));
+    }
+
+    #[test]
+    fn the_upper_directory_is_an_option_of_the_root() {
+        let mounts = MOUNTS.replace(
+            "overlay overlay rw",
+            "overlay overlay rw,lowerdir+=/a,upperdir=/s/la\\040yers/7/upper,workdir=/w",
+        );
+        assert_eq!(parse_upper(&mounts), Some(PathBuf::from("/s/la yers/7/upper")));
+        assert_eq!(parse_upper(MOUNTS), None);
     }
 
     #[test]

@@ -14,11 +14,13 @@ pub mod memory;
 pub mod mount;
 pub mod process;
 pub mod ptrace;
+pub mod reconfigure;
 pub mod seccomp;
 pub mod socket;
 pub mod stat;
 pub mod steps;
 pub mod tty;
+pub mod unix;
 
 use std::io;
 

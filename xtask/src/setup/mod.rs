@@ -92,8 +92,25 @@ const REQUIREMENTS: &[Requirement] = &[
     // The host's own, as sandboxes see it: one in a home directory does not exist inside.
     Requirement {
         name: "python3 in /usr/bin",
-        check: |_| probe::run("/usr/bin/python3", &["--version"]),
-        remedy: Remedy::Package { apt: "python3-minimal", dnf: "python3", pacman: "python" },
+        // Debian's minimal one lacks most of its library.
+        check: |_| probe::run("/usr/bin/python3", &["-c", "import ctypes, json, mmap, socket, sqlite3"]),
+        remedy: Remedy::Package { apt: "python3", dnf: "python3", pacman: "python" },
+    },
+    // Stores on every file system they may lie on.
+    Requirement {
+        name: "mkfs.ext4",
+        check: |_| probe::run("mkfs.ext4", &["-V"]),
+        remedy: Remedy::Package { apt: "e2fsprogs", dnf: "e2fsprogs", pacman: "e2fsprogs" },
+    },
+    Requirement {
+        name: "mkfs.xfs",
+        check: |_| probe::run("mkfs.xfs", &["-V"]),
+        remedy: Remedy::Package { apt: "xfsprogs", dnf: "xfsprogs", pacman: "xfsprogs" },
+    },
+    Requirement {
+        name: "mkfs.btrfs",
+        check: |_| probe::run("mkfs.btrfs", &["--version"]),
+        remedy: Remedy::Package { apt: "btrfs-progs", dnf: "btrfs-progs", pacman: "btrfs-progs" },
     },
     Requirement {
         name: "clippy",

@@ -5,6 +5,7 @@
 //! the seal.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -31,7 +32,7 @@ pub(super) fn open_all(descriptions: &mut [Description], to: &Root) -> Result<()
         }
         let Some(old) = &description.old else { continue };
         let identity = place.stat.identity();
-        if !pipes.contains_key(&identity) {
+        if let Entry::Vacant(free) = pipes.entry(identity) {
             let pipe = match to.open(&place.path, OFlag::O_RDWR | OFlag::O_NONBLOCK) {
                 Ok(pipe) if is_fifo(&pipe) => pipe,
                 Ok(_) | Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP | Errno::EISDIR | Errno::ENXIO) => continue,
@@ -39,7 +40,7 @@ pub(super) fn open_all(descriptions: &mut [Description], to: &Root) -> Result<()
             };
             duplicate(old.as_fd(), pipe.as_fd())
                 .map_err(|source| file_error("carry over what is in", place, source))?;
-            pipes.insert(identity, pipe);
+            free.insert(pipe);
         }
         let access = flags & OFlag::O_ACCMODE;
         let new = to.open(&place.path, access | OFlag::O_NONBLOCK);

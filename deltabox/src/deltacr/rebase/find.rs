@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
+use std::time::{Duration, Instant};
 
 use libc::pid_t;
 use nix::fcntl::OFlag;
@@ -17,29 +18,35 @@ use super::fdinfo::{FdInfo, Owner};
 use super::watcher::Watcher;
 use super::{Description, Holding, Kind, Mapping, Place, Plan, RebaseError, RebaseRefusal, Seat, listener};
 use crate::deltacr::stop::{Process, Stopped};
-use crate::sandbox::root::Root;
+use crate::deltacr::tasks::{read_stat, scan_threads};
+use crate::sandbox::root::{LANDING, Root};
 use crate::sys::maps::next_shared_file;
 use crate::sys::process::{Compared, compare, pidfd_getfd, pidfd_open_thread};
-use crate::sys::socket::name_of;
+
 use crate::sys::stat::{Stat, stat, stat_path};
+use crate::sys::unix::name_of;
 
 /// What d_path puts behind the name of a file that has none any more.
 const DELETED: &[u8] = b" (deleted)";
 
 impl Plan {
-    /// Looks through all processes.
+    /// Looks through all processes, whose root is `root`, for what is on `from`.
     ///
     /// # Errors
     /// Nothing has been changed.
-    pub fn make(stopped: &Stopped, from: &Root) -> Result<Self, RebaseError> {
-        let root = stat(from.as_fd()).map_err(|source| RebaseError::Process { op: "find the root", pid: 0, source })?;
+    pub fn make(stopped: &Stopped, root: &Root, from: &Root) -> Result<Self, RebaseError> {
+        let look = stat(from.as_fd()).map_err(|source| RebaseError::Process { op: "find the root", pid: 0, source })?;
         // The kernel's own MKDEV (include/linux/kdev_t.h).
-        let dev = u64::from(root.dev.0) << 20 | u64::from(root.dev.1);
+        let dev = u64::from(look.dev.0) << 20 | u64::from(look.dev.1);
         let (tables, known, descriptions) = Default::default();
-        let mut finder = Finder { from, tables, known, descriptions, dev };
+        let mut finder = Finder { root, from, tables, known, descriptions, dev };
         let mut seats = Vec::new();
         for process in stopped.processes() {
-            let seat = finder.seat(process)?;
+            let seat = match finder.seat(process) {
+                // Killed meanwhile: it has nothing any more.
+                Err(_) if is_over(process.pid) => continue,
+                other => other?,
+            };
             if seat.cwd.is_some() || !seat.holdings.is_empty() || !seat.mappings.is_empty() {
                 seats.push(seat);
             }
@@ -57,6 +64,7 @@ impl Plan {
 type Found = (pid_t, i32, usize);
 
 struct Finder<'a> {
+    root: &'a Root,
     from: &'a Root,
     /// A task of each descriptor table seen, in kcmp's order.
     tables: Vec<pid_t>,
@@ -106,8 +114,8 @@ impl Finder<'_> {
     fn check_root(&self, pid: pid_t, tid: pid_t) -> Result<(), RebaseError> {
         let failed = |source| RebaseError::Process { op: "find the root", pid, source };
         let path = CString::new(format!("/proc/{pid}/task/{tid}/root")).map_err(|error| failed(error.into()))?;
-        let (own, from) = (stat_path(&path).map_err(failed)?, stat(self.from.as_fd()).map_err(failed)?);
-        if (own.mount, own.ino) == (from.mount, from.ino) { Ok(()) } else { Err(RebaseRefusal::Root { pid }.into()) }
+        let (own, root) = (stat_path(&path).map_err(failed)?, stat(self.root.as_fd()).map_err(failed)?);
+        if (own.mount, own.ino) == (root.mount, root.ino) { Ok(()) } else { Err(RebaseRefusal::Root { pid }.into()) }
     }
 
     /// Whether no process before has this task's descriptor table.
@@ -226,6 +234,11 @@ impl Finder<'_> {
             return Ok(None);
         }
         let mut path = fs::read_link(link)?.into_os_string().into_vec();
+        // Of a root that was left already; nobody else's files have this path.
+        let landing = [b"/", LANDING.to_bytes()].concat();
+        if let Some(rest) = path.strip_prefix(landing.as_slice()).filter(|rest| rest.is_empty() || rest[0] == b'/') {
+            path = if rest.is_empty() { b"/".to_vec() } else { rest.to_vec() };
+        }
         let unlinked = path.ends_with(DELETED) && !self.is_there(&path, &stat);
         if unlinked {
             path.truncate(path.len() - DELETED.len());
@@ -267,6 +280,25 @@ impl Finder<'_> {
         }
         Ok(mappings)
     }
+}
+
+/// How long a process that was killed may take to end (chosen: it needs a CPU and microseconds).
+const END_PATIENCE: Duration = Duration::from_millis(100);
+
+/// Whether a process has been killed, which is why something about it failed: waits for its end if it is about to.
+pub(super) fn is_over(pid: pid_t) -> bool {
+    let has_ended = || {
+        read_stat(pid, pid).is_ok_and(|stat| stat.is_none_or(|stat| matches!(stat.state, 'Z' | 'X')))
+            && scan_threads(pid).is_ok_and(|threads| threads.len() <= 1)
+    };
+    let end = Instant::now() + END_PATIENCE;
+    while !has_ended() {
+        if Instant::now() >= end {
+            return false;
+        }
+        std::thread::yield_now();
+    }
+    true
 }
 
 /// The descriptor numbers of a task, sorted.

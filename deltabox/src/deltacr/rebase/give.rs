@@ -18,19 +18,24 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use libc::pid_t;
 
 use super::fdinfo::Target;
+use super::find::is_over;
 use super::open::{Opened, file_error, range};
 use super::{Description, Holding, Kind, Plan, RebaseError, RebaseRefusal, Seat};
 use crate::deltacr::inject::{Call, Hand};
 use crate::deltacr::stop::Stopped;
 use crate::sandbox::root::Namespace;
+use crate::sys::fs::chmod;
 use crate::sys::process::{descriptor_limit, pidfd_getfd, pidfd_open_thread};
 use crate::sys::socket::send_with_fds;
+use crate::sys::stat::stat;
 
 /// Descriptors per message: two calls each fit into one batch of 128.
 const N_PER_MESSAGE: usize = 60;
 
 /// Of a listener that was made again (chosen: the kernel cuts it to net.core.somaxconn; the old one's is not told).
 const BACKLOG: u64 = 4096;
+
+const FCHDIR: &str = "fchdir";
 
 // Where things lie in the hand's scratch memory.
 const PAIR: u64 = 0;
@@ -56,11 +61,11 @@ impl Opened {
                 pid: seat.pid,
                 source,
             })?;
-            let mut session = Session::open(stopped, seat)?;
-            for holding in &seat.holdings {
-                session.make(&mut descriptions[holding.description], namespace)?;
+            match serve(stopped, seat, descriptions, namespace) {
+                // Killed meanwhile: it needs nothing any more.
+                Err(_) if is_over(seat.pid) => {}
+                other => other?,
             }
-            session.give(&gifts(seat, descriptions), &last_calls(seat, descriptions))?;
         }
         // Closed before events are taken out: closing makes some.
         seats.clear();
@@ -78,6 +83,20 @@ impl Opened {
     pub fn n_descriptions(&self) -> usize {
         self.0.descriptions.len()
     }
+}
+
+/// All that one process gets.
+fn serve(
+    stopped: &mut Stopped,
+    seat: &Seat,
+    descriptions: &mut [Description],
+    namespace: &Namespace,
+) -> Result<(), RebaseError> {
+    let mut session = Session::open(stopped, seat)?;
+    for holding in &seat.holdings {
+        session.make(&mut descriptions[holding.description], namespace)?;
+    }
+    session.give(&gifts(seat, descriptions), &last_calls(seat, descriptions))
 }
 
 /// Whether something in this process is to be replaced.
@@ -199,7 +218,7 @@ impl Use {
             Self::Descriptor { number: to, flags } => {
                 (call(libc::SYS_dup3, &[received, number(to), unsigned(flags)]), "dup3")
             }
-            Self::WorkingDirectory => (call(libc::SYS_fchdir, &[received]), "fchdir"),
+            Self::WorkingDirectory => (call(libc::SYS_fchdir, &[received]), FCHDIR),
             Self::Mapping { start, len_bytes, protection, flags, offset_bytes } => {
                 let args = [start, len_bytes, protection, flags, received, offset_bytes];
                 (call(libc::SYS_mmap, &args), "mmap")
@@ -302,6 +321,9 @@ impl<'a> Session<'a> {
         let mut given = Ok(());
         for some in gifts.chunks(self.free.len().min(N_PER_MESSAGE)) {
             given = self.give_some(some);
+            if matches!(&given, Err(RebaseError::Call { call: FCHDIR, source, .. }) if is_denied(source)) {
+                given = self.give_denied_directory(some);
+            }
             if given.is_err() {
                 break;
             }
@@ -310,6 +332,21 @@ impl<'a> Session<'a> {
         let ended = self.end(last);
         self.hand.close()?;
         given.and(ended)
+    }
+
+    /// A process may be in a directory that it may not enter (any more). fchdir asks the directory alone, so that lets
+    /// everybody in for a moment, in which nobody runs.
+    fn give_denied_directory(&mut self, gifts: &[Gift<'_>]) -> Result<(), RebaseError> {
+        let pid = self.pid;
+        let failed = |source| RebaseError::Process { op: "change the working directory", pid, source };
+        for gift in gifts.iter().filter(|gift| matches!(gift.what, Use::WorkingDirectory)) {
+            let mode = stat(gift.file).map_err(failed)?.mode & 0o7777;
+            chmod(gift.file, mode | 0o111).map_err(failed)?;
+            let given = self.give_some(std::slice::from_ref(gift));
+            chmod(gift.file, mode).map_err(failed)?;
+            given?;
+        }
+        Ok(())
     }
 
     fn give_some(&mut self, gifts: &[Gift<'_>]) -> Result<(), RebaseError> {
@@ -338,7 +375,9 @@ impl<'a> Session<'a> {
             names.push("close_range");
         }
         let results = self.hand.run(&calls)?;
-        results.iter().zip(names).try_for_each(|(result, name)| check(pid, name, *result))?;
+        // That of the directory last: whoever mends it must know that all others are right.
+        let (directory, others): (Vec<_>, Vec<_>) = results.iter().zip(names).partition(|(_, name)| *name == FCHDIR);
+        others.into_iter().chain(directory).try_for_each(|(result, name)| check(pid, name, *result))?;
         // Numbers that are not those foreseen would have shown as EBADF, or in what was received.
         let mut control = vec![0; usize::try_from(control_bytes).unwrap_or(0)];
         self.hand.read(scratch + CONTROL, &mut control)?;
@@ -408,6 +447,10 @@ fn check(pid: pid_t, call: &'static str, result: i64) -> Result<(), RebaseError>
     }
     let errno = i32::try_from(-result).unwrap_or(libc::EIO);
     Err(RebaseError::Call { call, pid, source: io::Error::from_raw_os_error(errno) })
+}
+
+fn is_denied(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::PermissionDenied
 }
 
 /// An argument as the kernel takes it.

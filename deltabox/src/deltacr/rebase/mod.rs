@@ -41,6 +41,9 @@ pub enum Missing {
     Copied,
     /// The old mount stays writable for those that hold it.
     Left,
+    /// As `Copied`, after an engine died in the middle of a move: what programs have written to the old mount since is
+    /// carried over, where that engine had copied the file already.
+    CopiedLate,
 }
 
 /// What has to be moved, found by [`Plan::make`]. Holds copies of the descriptions.

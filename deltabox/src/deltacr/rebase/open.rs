@@ -31,7 +31,7 @@ impl Plan {
     /// No process has been changed.
     pub fn open(mut self, to: &Root, missing: Missing) -> Result<Opened, RebaseError> {
         let mut opener = Opener { to, missing, copies: Copies::default(), gone: None };
-        if missing == Missing::Copied {
+        if missing != Missing::Left {
             opener.copies.note_writers(&self);
         }
         fifo::open_all(&mut self.descriptions, to)?;
@@ -131,6 +131,11 @@ impl Opener<'_> {
 
     fn file(&mut self, place: &Place, old: BorrowedFd<'_>, flags: OFlag) -> Result<Option<OwnedFd>, RebaseError> {
         if let Some(found) = self.named(place, flags)? {
+            if self.missing == Missing::CopiedLate {
+                self.copies
+                    .carry_over(place, old, found.as_fd())
+                    .map_err(|source| file_error("carry over", place, source))?;
+            }
             return Ok(Some(found));
         }
         if self.missing == Missing::Left || place.stat.kind() != libc::S_IFREG {

@@ -1,8 +1,9 @@
-//! Files without a name that somebody still writes to: a copy on the next root, also without a name.
+//! Copies of files: of those without a name that somebody still writes to, also without a name, on the next root.
 //!
 //! A link across overlays is refused, so is a reflink (EXDEV, Linux 6.18). Those that are only read stay where they
 //! are: the old mount keeps them, and sealed it lets nobody write.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
@@ -17,6 +18,7 @@ use super::open::reopen;
 use super::{Place, Plan};
 use crate::sandbox::root::Root;
 use crate::sys::fs::{XATTR_MAX_BYTES, get_xattr, list_xattrs, set_times, set_xattr};
+use crate::sys::stat::stat;
 
 type Identity = ((u32, u32), u64);
 
@@ -24,6 +26,9 @@ type Identity = ((u32, u32), u64);
 pub(super) struct Copies {
     /// Files that somebody can write to.
     written: BTreeSet<Identity>,
+    /// Those that can be written to without their times telling.
+    mapped: BTreeSet<Identity>,
+    carried: BTreeSet<Identity>,
     made: BTreeMap<Identity, OwnedFd>,
 }
 
@@ -35,7 +40,21 @@ impl Copies {
             }
         }
         let mappings = plan.seats.iter().flat_map(|seat| &seat.mappings);
-        self.written.extend(mappings.filter(|mapping| mapping.writable).map(|mapping| mapping.place.stat.identity()));
+        self.mapped.extend(mappings.filter(|mapping| mapping.writable).map(|mapping| mapping.place.stat.identity()));
+        self.written.extend(&self.mapped);
+    }
+
+    /// Makes the file of the same name like `old`, if that was written to since it was copied: a copy has its times.
+    pub(super) fn carry_over(&mut self, place: &Place, old: BorrowedFd<'_>, new: BorrowedFd<'_>) -> io::Result<()> {
+        let (identity, is, was) = (place.stat.identity(), place.stat, stat(new)?);
+        let is_same = (is.size, is.mtime) == (was.size, was.mtime) && !self.mapped.contains(&identity);
+        if is_same || !self.written.contains(&identity) || !self.carried.insert(identity) {
+            return Ok(());
+        }
+        let (from, into) = (reopen(old, OFlag::O_RDONLY | OFlag::O_NOATIME)?, reopen(new, OFlag::O_WRONLY)?);
+        File::from(into.try_clone()?).set_len(0)?;
+        copy_content(&from, &into, is.size)?;
+        set_times(into.as_fd(), is.atime, is.mtime)
     }
 
     /// The copy of a file, made at the first call; `None` if nobody can write to it.
@@ -44,10 +63,11 @@ impl Copies {
         if !self.written.contains(&identity) {
             return Ok(None);
         }
-        if !self.made.contains_key(&identity) {
-            self.made.insert(identity, copy(place, old, to)?);
-        }
-        Ok(self.made.get(&identity).map(AsFd::as_fd))
+        let made: &OwnedFd = match self.made.entry(identity) {
+            Entry::Occupied(made) => made.into_mut(),
+            Entry::Vacant(free) => free.insert(copy(place, old, to)?),
+        };
+        Ok(Some(made.as_fd()))
     }
 }
 

@@ -6,19 +6,19 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use super::*;
-use crate::deltafs::layer::{LiveLayer, open_dir};
-use crate::deltafs::overlay::mount_stack;
+use crate::deltafs::layer::{LayerId, RootLook};
+use crate::engine::footing::Footing;
 use crate::engine::{Config, CreateRequest, Engine, ExecRequest, OnDisconnect, Stdio};
 use crate::latency::Operation;
-use crate::sandbox::SandboxId;
-use std::os::fd::AsFd;
+use crate::sandbox::{BaseRef, SandboxId};
 
 struct Sandbox {
     engine: Engine,
     id: SandboxId,
     store: tempfile::TempDir,
-    /// Frozen layers' directories, the lowest first, then the live one's.
-    layers: Vec<PathBuf>,
+    /// Frozen layers, the lowest first, then the live one's.
+    layers: Vec<LayerId>,
+    patience: Duration,
 }
 
 impl Sandbox {
@@ -28,7 +28,13 @@ impl Sandbox {
         let (tell, told) = mpsc::channel();
         engine.create(CreateRequest::default(), Box::new(move |result| tell.send(result.unwrap()).unwrap()));
         let report = told.recv().unwrap();
-        Self { engine, id: report.id, store, layers: vec![report.live_layer.join("upper")] }
+        Self {
+            engine,
+            id: report.id,
+            store,
+            layers: vec![report.live_layer.file_name().unwrap().to_str().unwrap().parse().unwrap()],
+            patience: Duration::from_secs(20),
+        }
     }
 
     /// Starts a program that prints "ready" once it is, and "ok" (or what is wrong) in the end.
@@ -53,22 +59,19 @@ impl Sandbox {
 
     fn switch(&mut self, purpose: Purpose) -> Result<Switched, SwitchError> {
         let report = self.engine.inspect(&self.id).unwrap();
-        let dir = self.store.path().join(format!("next-{}", self.layers.len()));
-        let layer = LiveLayer::create(&dir).unwrap();
-        let base = self.engine.host_base(&[]).unwrap();
         let below = if purpose == Purpose::Discard { &self.layers[..self.layers.len() - 1] } else { &self.layers[..] };
-        let frozen: Vec<_> = below.iter().rev().map(|upper| open_dir(upper).unwrap()).collect();
-        let mut lowers: Vec<_> = frozen.iter().map(AsFd::as_fd).collect();
-        lowers.push(self.engine.0.fixtures.skeleton().as_fd());
-        lowers.push(base.tree.as_fd());
-        let mount = mount_stack(&lowers, Some(layer.top())).unwrap();
+        let below: Vec<_> = below.iter().rev().copied().collect();
+        let layers = &self.engine.0.layers;
+        let layer = layers.create(below.first().copied(), &self.id, None, RootLook::first()).unwrap();
+        let footing = Footing::new(&self.engine, &BaseRef::default()).unwrap();
+        let mount = footing.mount(&self.engine, &below, &layer).unwrap();
         let ground = Ground {
             init: report.init_pid.unwrap(),
             group: &report.cgroup.join("live"),
-            deadline: Instant::now() + Duration::from_secs(20),
+            deadline: Instant::now() + self.patience,
         };
         let mut span = Span::begin(Operation::Checkpoint);
-        let switched = switch(&ground, purpose, || Ok(Some(mount)), &mut span);
+        let switched = switch(&ground, purpose, || mount.try_clone().map(Some), &mut span);
         for (phase, took) in span.phases() {
             println!("{phase}: {} us", took.as_micros());
         }
@@ -76,14 +79,14 @@ impl Sandbox {
             if purpose == Purpose::Discard {
                 self.layers.pop();
             }
-            self.layers.push(dir.join("upper"));
+            self.layers.push(layer.record().id);
         }
         switched
     }
 
     fn switch_and_drop(&mut self, purpose: Purpose) {
         match self.switch(purpose).unwrap() {
-            Switched::Moved { old, .. } => old.drop_slowly(),
+            Switched::Moved { old, .. } => drop(old.detach()),
             Switched::Unchanged { .. } => panic!("not moved"),
         }
     }
@@ -251,6 +254,74 @@ s.close(); os.unlink('/tmp/sock')
 }
 
 #[test]
+fn a_connection_that_waits_is_waited_for_and_one_that_nobody_accepts_is_a_refusal() {
+    let program = r"
+import socket
+s = socket.socket(socket.AF_UNIX); s.bind('/tmp/sock'); s.listen(8)
+cs = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+for c in cs: c.connect('/tmp/sock'); c.sendall(b'hi')
+print('ready', flush=True)
+if MODE == 'late': time.sleep(0.3)
+while MODE == 'never' and not os.path.exists('/tmp/go'): time.sleep(0.01)
+for _ in cs: a, _ = s.accept(); check('accepted', a.recv(9), b'hi')
+while not os.path.exists('/tmp/go'): time.sleep(0.002)
+c.close(); c = socket.socket(socket.AF_UNIX); c.connect('/tmp/sock'); s.accept()
+";
+    story(&format!("MODE = 'late'\n{program}"), &[Purpose::Freeze]);
+    let mut sandbox = Sandbox::new();
+    sandbox.patience = Duration::from_millis(300);
+    let started = sandbox.start(&format!("{WAIT}\nMODE = 'never'\n{program}\nprint('ok', flush=True)"));
+    match sandbox.switch(Purpose::Freeze) {
+        Err(SwitchError::Refused { why, .. }) => assert!(why.contains("not accepted"), "{why}"),
+        other => panic!("{other:?}"),
+    }
+    fs::write(sandbox.inside("/tmp/go"), "").unwrap();
+    wait_for(&started.log, "ok", 1);
+}
+
+#[test]
+fn a_process_in_a_directory_that_it_may_not_enter_stays_in_it() {
+    let program = r"
+os.makedirs('/srv/closed/in', 0o755); os.chmod('/srv/closed', 0o700); os.chdir('/srv/closed')
+os.setgid(1000); os.setuid(1000)
+wait('go')
+check('cwd', os.getcwd(), '/srv/closed')
+check('mode', os.stat('/srv/closed').st_mode & 0o7777, 0o700)
+try: os.listdir('.'); check('listing', 'done', 'refused')
+except PermissionError: pass
+";
+    story(program, &[Purpose::Freeze, Purpose::Freeze]);
+}
+
+#[test]
+fn a_process_that_is_killed_while_it_stands_still_hinders_nobody() {
+    let mut sandbox = Sandbox::new();
+    let _doomed = sandbox.start(&format!("{WAIT}\nf = open('/tmp/doomed', 'w'); os.chdir('/tmp')\nwait('never')"));
+    let program = "os.chdir('/tmp'); f = open('/tmp/f', 'w', 1)\nwait('go')\nf.write('x\\n'); check('f', open('f').read(), 'x\\n')";
+    let started = sandbox.start(&format!("{WAIT}\n{program}\nprint('ok', flush=True)"));
+    let report = sandbox.engine.inspect(&sandbox.id).unwrap();
+    let processes = sandbox.engine.processes(&sandbox.id).unwrap();
+    let doomed = processes.iter().find(|process| process.command.contains("doomed")).unwrap().host_pid;
+    let live = sandbox.layers[0];
+    let layer = sandbox.engine.0.layers.create(Some(live), &sandbox.id, None, RootLook::first()).unwrap();
+    let footing = Footing::new(&sandbox.engine, &BaseRef::default()).unwrap();
+    let mount = footing.mount(&sandbox.engine, &[live], &layer).unwrap();
+    let group = report.cgroup.join("live");
+    let ground =
+        Ground { init: report.init_pid.unwrap(), group: &group, deadline: Instant::now() + Duration::from_secs(20) };
+    let next = || {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(doomed), nix::sys::signal::Signal::SIGKILL)?;
+        mount.try_clone().map(Some)
+    };
+    let mut span = Span::begin(Operation::Checkpoint);
+    let switched = switch(&ground, Purpose::Freeze, next, &mut span);
+    assert!(matches!(switched, Ok(Switched::Moved { .. })), "{switched:?}");
+    sandbox.layers.push(layer.record().id);
+    fs::write(sandbox.inside("/tmp/go"), "").unwrap();
+    wait_for(&started.log, "ok", 1);
+}
+
+#[test]
 fn after_a_rollback_descriptors_see_the_target_or_an_unlinked_file() {
     let program = r"
 os.makedirs('/tmp/d'); both = os.open('/tmp/d/both', os.O_CREAT | os.O_RDWR); os.write(both, b'old')
@@ -282,6 +353,33 @@ check('root', sorted(os.listdir('/tmp')), ['d', 'go'])
     wait_for(&log, "ok", 1);
 }
 
+/// Overlay inodes in the kernel's cache (`/proc/slabinfo`): other tests have some too.
+fn n_overlay_inodes() -> u64 {
+    let slabs = fs::read_to_string("/proc/slabinfo").unwrap();
+    let line = slabs.lines().find(|line| line.starts_with("ovl_inode ")).expect("overlayfs's inodes");
+    line.split_ascii_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn an_old_root_is_torn_down_though_a_program_s_text_lies_on_it() {
+    const N: u64 = 30_000;
+    let mut sandbox = Sandbox::new();
+    let program = format!(
+        "{WAIT}
+os.makedirs('/tmp/many')
+for i in range({N}): open('/tmp/many/%d' % i, 'w').close()
+wait('go')"
+    );
+    let _started = sandbox.start(&program);
+    let before = n_overlay_inodes();
+    match sandbox.switch(Purpose::Freeze).unwrap() {
+        Switched::Moved { old, .. } => old.detach().tear_down().unwrap(),
+        Switched::Unchanged { .. } => panic!("not moved"),
+    }
+    let after = n_overlay_inodes();
+    assert!(after + N / 2 < before, "{before} inodes before, {after} after");
+}
+
 #[test]
 fn what_was_frozen_never_changes() {
     let mut sandbox = Sandbox::new();
@@ -298,7 +396,7 @@ while True: os.write(fd, b'%d\\n' % n); n += 1"
     }
     let mut sizes = Vec::new();
     for upper in &sandbox.layers[..20] {
-        let text = fs::read_to_string(upper.join("tmp/log")).unwrap();
+        let text = fs::read_to_string(sandbox.engine.0.layers.upper(*upper).join("tmp/log")).unwrap();
         let lines: Vec<usize> = text.lines().map(|line| line.parse().unwrap()).collect();
         assert_eq!(lines, (0..lines.len()).collect::<Vec<_>>(), "lines are lost or twice in {upper:?}");
         sizes.push(text.len());

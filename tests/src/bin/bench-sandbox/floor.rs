@@ -13,11 +13,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use deltabox::deltafs::fixtures::Fixtures;
 use deltabox::deltafs::hostbase::HostBase;
-use deltabox::deltafs::layer::LiveLayer;
+use deltabox::deltafs::layer::open_dir;
 use deltabox::deltafs::overlay;
+use deltabox::deltafs::overlay::Top;
 use deltabox::kernel::cgroups::Hierarchies;
 use deltabox::sandbox::cgroup::{remove_tree, store_group};
 use deltabox::sandbox::idmap;
+use deltabox::sandbox::idmap::HOST_ID_BASE;
 use deltabox::sys::process::{self, Child, CloneRequest, Program};
 use nix::fcntl::OFlag;
 use nix::sys::memfd::MFdFlags;
@@ -119,9 +121,13 @@ impl Floor {
     }
 
     fn make(&self, (dir, group): (PathBuf, PathBuf)) -> anyhow::Result<Bare> {
-        let layer = LiveLayer::create(&dir).context("create a layer")?;
+        let (upper, work) = (dir.join("upper"), dir.join("work"));
+        [&dir, &upper, &work].into_iter().try_for_each(fs::create_dir).context("create a layer")?;
+        std::os::unix::fs::chown(&upper, Some(HOST_ID_BASE), Some(HOST_ID_BASE)).context("chown a layer")?;
+        let (upper, work) = (open_dir(&upper)?, open_dir(&work)?);
+        let top = Top { upper: upper.as_fd(), work: work.as_fd() };
         let stack = [self.fixtures.skeleton().as_fd(), self.base.tree.as_fd()];
-        let root = overlay::mount_stack(&stack, Some(layer.top()))?;
+        let root = overlay::mount_stack(&stack, Some(top))?;
         fs::create_dir(&group).context("create a cgroup")?;
         let cgroup = File::open(&group).context("open a cgroup")?.into();
         Ok(Bare { dir, group, root, cgroup, net: None })

@@ -1,0 +1,107 @@
+//! `deltabox tree`.
+
+use crate::engine::{TreeNode, TreeReport};
+use crate::sandbox::SandboxId;
+
+use super::{Context, Outcome, print};
+
+/// Shows the checkpoints of a sandbox: who comes from whom, and what each takes.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "`*` marks the checkpoint that the sandbox's state comes from. OWN is what the checkpoint's \
+                        removal would free, SHARED what others need too.")]
+pub(super) struct Args {
+    /// The sandbox.
+    sandbox: SandboxId,
+}
+
+pub(super) fn run(args: Args, context: &Context) -> Outcome {
+    let tree: TreeReport = context.client()?.get(&format!("/v1/sandboxes/{}/checkpoints", args.sandbox))?;
+    if context.json {
+        print::json(&tree)?;
+        return Ok(0);
+    }
+    let rows: Vec<_> = drawn(&tree).into_iter().map(|(drawing, node)| cells(drawing, node, &tree)).collect();
+    print::table(&["CHECKPOINT", "NAME", ">AGE", ">LAYERS", ">OWN", ">SHARED", ">STOPPED us"], &rows)?;
+    Ok(0)
+}
+
+fn cells(drawing: String, node: &TreeNode, tree: &TreeReport) -> Vec<String> {
+    let one = &node.checkpoint;
+    let mark = if tree.head.as_ref() == Some(&one.id) { " *" } else { "" };
+    vec![
+        format!("{drawing}{}{mark}", one.id),
+        one.name.clone().unwrap_or_default(),
+        print::age(one.created_unix_ms),
+        node.n_layers.to_string(),
+        print::size(node.own_bytes),
+        print::size(node.shared_bytes),
+        one.stopped_us.to_string(),
+    ]
+}
+
+/// Every node with the lines that lead to it, children below their parent. A chain of any length takes one column:
+/// only where it branches there are lines.
+fn drawn(tree: &TreeReport) -> Vec<(String, &TreeNode)> {
+    let children = |parent: Option<&str>| -> Vec<&TreeNode> {
+        tree.checkpoints.iter().filter(|node| node.checkpoint.parent.as_deref() == parent).collect()
+    };
+    let mut rows = Vec::new();
+    // What is still to be drawn, the next one last: a node, the lines above it, and its own branch.
+    let mut left: Vec<(&TreeNode, String, &str)> =
+        children(None).into_iter().rev().map(|node| (node, String::new(), "")).collect();
+    while let Some((node, lines, branch)) = left.pop() {
+        rows.push((format!("{lines}{branch}"), node));
+        let below = match branch {
+            "├─ " => format!("{lines}│  "),
+            "└─ " => format!("{lines}   "),
+            _ => lines,
+        };
+        let children = children(Some(&node.checkpoint.id));
+        let n = children.len();
+        for (i, child) in children.into_iter().enumerate().rev() {
+            let branch = match (n, i + 1 == n) {
+                (1, _) => "",
+                (_, true) => "└─ ",
+                (_, false) => "├─ ",
+            };
+            left.push((child, below.clone(), branch));
+        }
+    }
+    rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::CheckpointReport;
+
+    fn node(id: &str, parent: Option<&str>) -> TreeNode {
+        let checkpoint = CheckpointReport {
+            sandbox: "a".parse().unwrap(),
+            id: id.to_owned(),
+            name: None,
+            parent: parent.map(str::to_owned),
+            epoch: 0,
+            created_unix_ms: 0,
+            fs_only: true,
+            fs_frozen: true,
+            durable: false,
+            stopped_us: 0,
+            total_us: 0,
+            phases_us: Vec::new(),
+            n_processes: 0,
+            n_threads: 0,
+            n_descriptions: 0,
+        };
+        TreeNode { checkpoint, n_layers: 0, own_bytes: 0, shared_bytes: 0 }
+    }
+
+    #[test]
+    fn chains_take_one_column_and_branches_have_lines() {
+        let edges = [("c1", None), ("c2", Some("c1")), ("c3", Some("c2")), ("c4", Some("c2")), ("c5", Some("c3"))];
+        let checkpoints = edges.iter().map(|(id, parent)| node(id, *parent)).collect();
+        let tree = TreeReport { sandbox: "a".parse().unwrap(), head: None, checkpoints };
+        let rows: Vec<_> = drawn(&tree).iter().map(|(line, node)| format!("{line}{}", node.checkpoint.id)).collect();
+        assert_eq!(rows, ["c1", "c2", "├─ c3", "│  c5", "└─ c4"]);
+    }
+}

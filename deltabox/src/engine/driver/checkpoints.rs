@@ -1,0 +1,376 @@
+//! The driver's checkpoints and rollbacks, of files so far: each a straight line.
+//!
+//! ```text
+//! checkpoint: admit -> next layer, announced in sandbox.json, mounted ahead -> switch -> sandbox.json -> cN.json
+//! rollback:   admit -> target whole? -> next layer over it, announced, mounted -> switch -> sandbox.json
+//! ```
+//! Until the switch a failure leaves an announced layer that nobody uses, which goes; after it the sandbox is on the
+//! next layer, whatever else fails. An engine that dies in between finds both layers named in sandbox.json and sees at
+//! init's root which one it is on (`engine/recover.rs`).
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::{Driver, io_error};
+use crate::deltafs::layer::{LayerId, LiveLayer, RootLook};
+use crate::deltafs::sync::sync_tree;
+use crate::engine::api::{CheckpointReport, CheckpointRequest, PhaseTime, RollbackReport, RollbackRequest};
+use crate::engine::footing::Footing;
+use crate::engine::manifest::Manifest;
+use crate::engine::store::SandboxDir;
+use crate::engine::switch::{Ground, OldRoot, Purpose, SwitchError, Switched, switch};
+use crate::engine::tree::{Checkpoint, CheckpointId, Measured};
+use crate::engine::{Engine, Error, unix_ms};
+use crate::latency::{Phase, Span};
+
+/// How long programs may take to stop, and commands that are just being started to start (chosen).
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Layers in a stack at most. From the kernel: 500 lower ones (OVL_MAX_STACK), of which skeleton and base take two;
+/// the rest is left for what is to come.
+const MAX_LAYERS: usize = 480;
+
+/// The next layer, mounted.
+struct Armed {
+    layer: LiveLayer,
+    mount: OwnedFd,
+}
+
+impl Driver {
+    /// Carries out a checkpoint; what is to be cleaned up after it has been answered comes along.
+    pub(in crate::engine) fn checkpoint(
+        &mut self,
+        request: &CheckpointRequest,
+        span: &mut Span,
+    ) -> Result<(CheckpointReport, Option<OldRoot>), Error> {
+        span.end_of(Phase::Queue);
+        if !request.fs_only {
+            return Err(without_processes(&self.manifest, "checkpoint"));
+        }
+        if let Some(name) = &request.name {
+            self.tree.check_name(name)?;
+        }
+        let (init, group) = self.ready_to_switch()?;
+        self.load_ground()?;
+        let Self { engine, dir, manifest, live, footing, .. } = self;
+        let (Some(live), Some(footing)) = (live.as_ref(), footing.as_ref()) else { return Err(Error::ShuttingDown) };
+        let (id, top) = (CheckpointId(manifest.next_checkpoint), live.record().id);
+        let below = engine.0.layers.chain(Some(top)).map_err(damaged)?;
+        let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: id };
+        let mut armed = None;
+        if !live.is_unchanged().map_err(io_error("look at the live layer of", dir))? {
+            armed = Some(arm.arm(live.root_look().map_err(io_error("look at the root of", dir))?)?);
+        }
+        let ground = Ground { init, group: &group, deadline: Instant::now() + DEADLINE };
+        let next = || {
+            if live.is_unchanged()? {
+                return Ok(None);
+            }
+            let look = live.root_look()?;
+            let next = match &armed {
+                Some(next) => next,
+                None => armed.insert(arm.arm(look.clone()).map_err(io::Error::other)?),
+            };
+            if RootLook::of(next.mount.as_fd())? != look {
+                look.apply(next.mount.as_fd())?;
+            }
+            next.mount.try_clone().map(Some)
+        };
+        let switched = switch(&ground, Purpose::Freeze, next, span);
+        let switched = self.after_switch(switched, armed.map(|armed| armed.layer), "checkpoint")?;
+        let (frozen, measured, old) = measured_of(switched);
+        let record = |live: &LiveLayer| live.record().clone();
+        let Some(now) = self.live.as_ref().map(record) else { return Err(Error::ShuttingDown) };
+        let root = now.root.clone();
+        let (parent, epoch) = (self.manifest.head, self.manifest.epoch);
+        let durable = request.durable;
+        let mut checkpoint =
+            Checkpoint::new(id, request.name.clone(), parent, epoch, unix_ms(), now.parent, root, frozen, durable);
+        let made = self.record_checkpoint(&mut checkpoint, measured, span);
+        // Whatever failed: the programs are where they are.
+        match made {
+            Ok(()) => Ok((checkpoint.report(&self.manifest.id), old)),
+            Err(error) => {
+                self.clean_up(old, None);
+                Err(error)
+            }
+        }
+    }
+
+    /// After the switch: on disk what makes it a checkpoint.
+    fn record_checkpoint(
+        &mut self,
+        checkpoint: &mut Checkpoint,
+        measured: Measured,
+        span: &mut Span,
+    ) -> Result<(), Error> {
+        self.manifest.next_checkpoint += 1;
+        self.manifest.epoch += 1;
+        self.manifest.head = Some(checkpoint.id);
+        let before = checkpoint.parent;
+        let saved = self.save().and_then(|()| {
+            if checkpoint.durable {
+                self.sync(checkpoint.top)?;
+                span.end_of(Phase::Sync);
+            }
+            Ok(())
+        });
+        let added = saved.and_then(|()| {
+            checkpoint.set_measured(Measured {
+                stopped_us: us(span.stopped()),
+                total_us: us(span.total()),
+                phases_us: phases(span),
+                ..measured
+            });
+            Arc::make_mut(&mut self.tree)
+                .add(checkpoint.clone())
+                .map_err(io_error("write the checkpoint in", &self.dir))
+        });
+        if let Err(error) = added {
+            // It does not exist, so nothing comes from it.
+            self.manifest.head = before;
+            return Err(error);
+        }
+        span.end_of(Phase::Manifest);
+        checkpoint.total_us = us(span.total());
+        checkpoint.phases_us = phases(span);
+        self.book.record(self.manifest.id.as_str(), span);
+        Ok(())
+    }
+
+    /// Carries out a rollback; what is to be cleaned up after it has been answered comes along.
+    pub(in crate::engine) fn rollback(
+        &mut self,
+        request: &RollbackRequest,
+        span: &mut Span,
+    ) -> Result<(RollbackReport, Option<OldRoot>, LayerId), Error> {
+        span.end_of(Phase::Queue);
+        let target = self.tree.find(&self.manifest.id, &request.checkpoint)?.clone();
+        if !request.fs_only {
+            return Err(without_processes(&self.manifest, "rollback"));
+        }
+        let (init, group) = self.ready_to_switch()?;
+        self.load_ground()?;
+        let discarded = self.manifest.live;
+        let Self { engine, dir, manifest, footing, .. } = self;
+        let Some(footing) = footing.as_ref() else { return Err(Error::ShuttingDown) };
+        let below = engine.0.layers.chain(target.top).map_err(damaged)?;
+        let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: target.id };
+        let Armed { layer, mount } = arm.arm(target.root.clone())?;
+        let ground = Ground { init, group: &group, deadline: Instant::now() + DEADLINE };
+        let switched = switch(&ground, Purpose::Discard, || mount.try_clone().map(Some), span);
+        let switched = self.after_switch(switched, Some(layer), "roll back")?;
+        let (_, measured, old) = measured_of(switched);
+        self.manifest.head = Some(target.id);
+        self.manifest.epoch += 1;
+        self.save()?;
+        span.end_of(Phase::Manifest);
+        self.book.record(self.manifest.id.as_str(), span);
+        let report = RollbackReport {
+            checkpoint: target.id.to_string(),
+            stopped_us: us(span.stopped()),
+            total_us: us(span.total()),
+            phases_us: phases(span),
+            n_processes: measured.n_processes,
+            n_threads: measured.n_threads,
+            n_descriptions: measured.n_descriptions,
+        };
+        Ok((report, old, discarded))
+    }
+
+    /// Takes a checkpoint away, and the layers that only it needed.
+    pub(super) fn remove_checkpoint(&mut self, text: &str) -> Result<(), Error> {
+        let target = self.tree.find(&self.manifest.id, text)?.clone();
+        if self.manifest.head == Some(target.id) {
+            self.manifest.head = target.parent;
+            self.save()?;
+        }
+        let removed = Arc::make_mut(&mut self.tree).remove(target.id);
+        self.show();
+        removed.map_err(io_error("remove a checkpoint from", &self.dir))?;
+        self.engine.collect_of(&self.manifest.id).map(drop)
+    }
+
+    /// Leaves to the janitor what the operation has left behind, its old root detached.
+    pub(in crate::engine) fn clean_up(&self, old: Option<OldRoot>, discarded: Option<LayerId>) {
+        let Some(root) = old.map(OldRoot::detach) else { return };
+        let engine = self.engine.clone();
+        self.engine.0.janitor.take(move || {
+            if let Err(error) = root.tear_down() {
+                tracing::warn!(%error, "what is cached of an old root goes with its last user");
+            }
+            drop(root);
+            if let Some(layer) = discarded
+                && let Err(error) = engine.0.layers.remove(layer)
+            {
+                tracing::error!(%layer, %error, "a discarded layer stays until the next gc");
+            }
+        });
+    }
+
+    /// Init's PID and the group to stop; or why not. No command is just being started: a child of init that is born
+    /// during the pivot could keep the old root.
+    fn ready_to_switch(&mut self) -> Result<(i32, std::path::PathBuf), Error> {
+        if let Some(why) = &self.torn {
+            return Err(Error::Torn { id: self.manifest.id.clone(), why: why.clone() });
+        }
+        self.alive()?;
+        let end = Instant::now() + DEADLINE;
+        while !self.starting.is_empty() {
+            match self.alive()?.link.recv(end) {
+                Ok((message, fds)) => self.hear(message, fds),
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                    return Err(Error::Refused {
+                        what: format!("stop `{}`", self.manifest.id),
+                        why: "its init does not start a command that was asked for".to_owned(),
+                        hint: "its init may have been stopped by a signal from the host".to_owned(),
+                    });
+                }
+                Err(error) => self.lost(&error),
+            }
+        }
+        let init = self.alive()?.init.pid;
+        Ok((init, self.manifest.cgroups.unified.join("live")))
+    }
+
+    /// Opens what the first checkpoint after a start of the engine needs.
+    fn load_ground(&mut self) -> Result<(), Error> {
+        if self.footing.is_none() {
+            let (base, frame) = (&self.manifest.spec.base, self.manifest.frame.as_deref());
+            self.footing = Some(Footing::again(&self.engine, base, frame)?);
+        }
+        if self.live.is_none() {
+            let id = self.manifest.live;
+            let layer = self.engine.0.layers.load(id);
+            self.live = Some(layer.map_err(|source| damaged(crate::deltafs::layers::ChainError { id, source }))?);
+        }
+        Ok(())
+    }
+
+    /// Takes the outcome in: on the next layer, or where it was; then the next layer goes.
+    fn after_switch(
+        &mut self,
+        switched: Result<Switched, SwitchError>,
+        next: Option<LiveLayer>,
+        what: &str,
+    ) -> Result<Switched, Error> {
+        let moved = matches!(switched, Ok(Switched::Moved { .. }) | Err(SwitchError::Lost { .. }));
+        let (taken, left) = if moved { (next, None) } else { (None, next) };
+        if let Some(layer) = taken {
+            self.manifest.live = layer.record().id;
+            self.live = Some(layer);
+        }
+        self.manifest.next = None;
+        if let Some(layer) = left.map(|layer| layer.record().id) {
+            let engine = self.engine.clone();
+            self.engine.0.janitor.take(move || drop(engine.0.layers.remove(layer)));
+        }
+        self.show();
+        let id = self.manifest.id.clone();
+        switched.map_err(|error| match error {
+            SwitchError::Refused { why, hint, .. } => Error::Refused { what: format!("{what} `{id}`"), why, hint },
+            SwitchError::Failed { what: step, source } => {
+                Error::Switch { what: format!("{what} `{id}`: {step}"), source }
+            }
+            SwitchError::Lost { what } => {
+                self.torn = Some(what.clone());
+                Error::Torn { id, why: what }
+            }
+        })
+    }
+
+    fn save(&self) -> Result<(), Error> {
+        self.show();
+        self.manifest.save(self.dir.path()).map_err(io_error("write the manifest in", &self.dir))
+    }
+
+    /// Writes the layers of a chain to disk, down to one that a durable checkpoint has written already.
+    fn sync(&self, top: Option<LayerId>) -> Result<(), Error> {
+        let layers = &self.engine.0.layers;
+        let is_written = |id: &LayerId| self.tree.iter().any(|one| one.durable && one.top == Some(*id));
+        for id in layers.chain(top).map_err(damaged)?.into_iter().take_while(|id| !is_written(id)) {
+            let path = layers.path(id);
+            sync_tree(&path).map_err(|source| Error::Io { op: "write to disk", path, source })?;
+        }
+        sync_tree_root(self.dir.path()).map_err(io_error("write to disk", &self.dir))
+    }
+}
+
+/// The manifest itself and the directory it is in.
+fn sync_tree_root(dir: &std::path::Path) -> io::Result<()> {
+    std::fs::File::open(dir.join("sandbox.json"))?.sync_all()?;
+    std::fs::File::open(dir)?.sync_all()
+}
+
+/// What making the next layer takes.
+struct Arm<'a> {
+    engine: &'a Engine,
+    dir: &'a SandboxDir,
+    footing: &'a Footing,
+    manifest: &'a mut Manifest,
+    below: &'a [LayerId],
+    head: CheckpointId,
+}
+
+impl Arm<'_> {
+    /// Makes a layer, says in sandbox.json that it may become the live one, mounts it over the chain.
+    fn arm(&mut self, look: RootLook) -> Result<Armed, Error> {
+        if self.below.len() >= MAX_LAYERS {
+            return Err(Error::Refused {
+                what: format!("put another layer on `{}`", self.manifest.id),
+                why: format!("its stack has {} layers, and the kernel takes 500", self.below.len()),
+                hint: "roll back to a checkpoint with fewer layers below it (`deltabox tree`)".to_owned(),
+            });
+        }
+        let failed = |op| io_error(op, self.dir);
+        let parent = self.below.first().copied();
+        let (layers, head) = (&self.engine.0.layers, Some(self.head.to_string()));
+        let layer = layers.create(parent, &self.manifest.id, head, look).map_err(failed("make a layer for"))?;
+        let id = layer.record().id;
+        self.manifest.next = Some(id);
+        let mounted = self
+            .manifest
+            .save(self.dir.path())
+            .and_then(|()| crate::fault::point("checkpoints.arm"))
+            .and_then(|()| self.footing.mount(self.engine, self.below, &layer));
+        let mount = mounted.map_err(|source| {
+            self.manifest.next = None;
+            let _ = layers.remove(id);
+            failed("mount the next root of")(source)
+        })?;
+        Ok(Armed { layer, mount })
+    }
+}
+
+fn measured_of(switched: Switched) -> (bool, Measured, Option<OldRoot>) {
+    match switched {
+        Switched::Unchanged { n_processes, n_threads } => {
+            (false, Measured { n_processes, n_threads, ..Measured::default() }, None)
+        }
+        Switched::Moved { n_processes, n_threads, n_descriptions, old } => {
+            (true, Measured { n_processes, n_threads, n_descriptions, ..Measured::default() }, Some(old))
+        }
+    }
+}
+
+fn without_processes(manifest: &Manifest, what: &str) -> Error {
+    Error::Refused {
+        what: format!("{what} `{}` with its processes", manifest.id),
+        why: "this deltabox holds files only".to_owned(),
+        hint: "give --fs-only".to_owned(),
+    }
+}
+
+fn damaged(error: crate::deltafs::layers::ChainError) -> Error {
+    Error::Layer(error)
+}
+
+fn us(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn phases(span: &Span) -> Vec<PhaseTime> {
+    span.phases().iter().map(|(phase, took)| PhaseTime { phase: phase.name().to_owned(), us: us(*took) }).collect()
+}

@@ -1,0 +1,67 @@
+//! A file system of its own for a story: made in a sparse file, gone with the story.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use tempfile::TempDir;
+
+use crate::output;
+
+/// Big enough for every kind (mkfs.xfs wants 300 MB); sparse.
+const LEN_BYTES: u64 = 512 << 20;
+
+/// A mounted file system.
+#[derive(Debug)]
+pub struct Disk {
+    dir: TempDir,
+}
+
+impl Disk {
+    /// Makes one of `kind` (`ext4`, `xfs`, `btrfs`, `tmpfs`); fails the story where that cannot be done.
+    pub fn make(kind: &str) -> Self {
+        Self::make_with(kind, "size=512M")
+    }
+
+    /// The same with options of tmpfs.
+    pub fn make_with(kind: &str, options: &str) -> Self {
+        let dir = TempDir::with_prefix("deltabox-disk-").expect("a temporary directory");
+        let disk = Self { dir };
+        std::fs::create_dir(disk.path()).expect("make a mount point");
+        let at = disk.path();
+        if kind == "tmpfs" {
+            run(Command::new("mount").args(["-t", "tmpfs", "-o", options, "none"]).arg(&at));
+            return disk;
+        }
+        let image = disk.dir.path().join("image");
+        std::fs::File::create(&image).and_then(|file| file.set_len(LEN_BYTES)).expect("make an image");
+        run(Command::new(format!("mkfs.{kind}")).arg("-q").arg(&image));
+        run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&at));
+        disk
+    }
+
+    /// Where it is mounted.
+    pub fn path(&self) -> PathBuf {
+        self.dir.path().join("mnt")
+    }
+
+    /// A temporary directory on it.
+    pub fn dir(&self) -> TempDir {
+        TempDir::with_prefix_in("deltabox-test-", self.path()).expect("a temporary directory")
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        unmount(&self.path());
+    }
+}
+
+/// Lazily: the last namespace that still has it drops it.
+fn unmount(path: &Path) {
+    let _ = output(Command::new("umount").arg("-l").arg(path));
+}
+
+fn run(command: &mut Command) {
+    let done = output(command);
+    assert!(done.status.success(), "{command:?}: {done:?} (`cargo xtask setup` brings what is missing)");
+}
