@@ -15,7 +15,7 @@ use deltabox::deltafs::hostbase::HostBase;
 use deltabox::deltafs::layer::open_dir;
 use deltabox::deltafs::overlay::{Top, mount_stack};
 use deltabox::sandbox::idmap;
-use deltabox::sys::mount::move_mount;
+use deltabox::sys::mount::{Clone as CloneWhat, move_mount, open_tree_clone};
 use nix::fcntl::{OFlag, openat};
 use nix::mount::{MntFlags, umount2};
 use nix::sched::CloneFlags;
@@ -81,12 +81,17 @@ pub(crate) fn serve(scratch: &Path) -> anyhow::Result<()> {
     // In place of the layer that a checkpoint freezes: that is in use as another mount's upper directory.
     let frozen = dir.join("frozen");
     fs::create_dir(&frozen)?;
-    let mut stack = vec![open_dir(&frozen)?];
+    // The host's mounts go with its root, and what was opened through them cannot be stacked then.
+    let ours = scratch.parent().context("the store is beside the scratch directory")?;
+    let tree = open_tree_clone(open_dir(ours)?.as_fd(), c"", CloneWhat::One).context("clone a mount")?;
+    let open =
+        |path: &Path| -> anyhow::Result<OwnedFd> { Ok(openat(&tree, path.strip_prefix(ours)?, DIR, Mode::empty())?) };
+    let mut stack = vec![open(&frozen)?];
     for layer in &layers {
-        stack.push(open_dir(layer)?);
+        stack.push(open(layer)?);
     }
     stack.extend([fixtures.skeleton().try_clone()?, base.tree.try_clone()?]);
-    let dir = open_dir(&dir)?;
+    let dir = open(&dir)?;
     for (number, line) in lines.enumerate() {
         line?;
         println!("{}", once(&stack, &dir, number)?.as_nanos());
@@ -94,12 +99,13 @@ pub(crate) fn serve(scratch: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+const DIR: OFlag = OFlag::O_PATH.union(OFlag::O_DIRECTORY).union(OFlag::O_CLOEXEC);
+
 fn once(stack: &[OwnedFd], dir: &OwnedFd, number: usize) -> anyhow::Result<Duration> {
     let make = |name: &str| -> anyhow::Result<OwnedFd> {
         let name = format!("{number}-{name}");
         mkdirat(dir, name.as_str(), Mode::S_IRWXU)?;
-        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        Ok(openat(dir, name.as_str(), flags, Mode::empty())?)
+        Ok(openat(dir, name.as_str(), DIR, Mode::empty())?)
     };
     let (upper, work) = (make("upper")?, make("work")?);
     let begun = Instant::now();
