@@ -109,11 +109,12 @@ fn keep(wanted: &Wanted) -> anyhow::Result<ExitCode> {
                 continue;
             }
         };
-        match keep_one(kind, &at, wanted, &looking)? {
+        let kept = keep_one(kind, &at, wanted, &looking);
+        store::take_down(kind, &at)?;
+        match kept? {
             Some(value) => measured.push(value),
             None => return Ok(ExitCode::FAILURE),
         }
-        store::take_down(kind, &at)?;
     }
     print!("{}", results::targets(&measured));
     if let Some(file) = &wanted.json {

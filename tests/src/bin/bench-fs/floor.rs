@@ -1,6 +1,6 @@
 //! The floor: the same stack mounted and pivoted to, as straight code in a process that is alone in its namespace.
 //!
-//! One line in: the layers' directories. Then a line in for each measurement, and its nanoseconds out.
+//! One line in: the layers' directories. Then a line in for each measurement, and its nanoseconds out: all, the pivot.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -48,12 +48,12 @@ impl Floor {
         Ok(floor)
     }
 
-    /// One mount with pivot.
-    pub(crate) fn measure(&mut self) -> anyhow::Result<Duration> {
+    /// One mount with pivot, and what of it the pivot.
+    pub(crate) fn measure(&mut self) -> anyhow::Result<[Duration; 2]> {
         writeln!(self.input.as_mut().context("it runs")?, "go").context("ask the floor")?;
         let mut line = String::new();
         self.output.read_line(&mut line)?;
-        Ok(Duration::from_nanos(line.trim().parse().context("read what the floor measured")?))
+        Ok(serde_json::from_str::<[u64; 2]>(&line).context("read what the floor measured")?.map(Duration::from_nanos))
     }
 }
 
@@ -94,14 +94,14 @@ pub(crate) fn serve(scratch: &Path) -> anyhow::Result<()> {
     let dir = open(&dir)?;
     for (number, line) in lines.enumerate() {
         line?;
-        println!("{}", once(&stack, &dir, number)?.as_nanos());
+        println!("{:?}", once(&stack, &dir, number)?.map(|took| took.as_nanos()));
     }
     Ok(())
 }
 
 const DIR: OFlag = OFlag::O_PATH.union(OFlag::O_DIRECTORY).union(OFlag::O_CLOEXEC);
 
-fn once(stack: &[OwnedFd], dir: &OwnedFd, number: usize) -> anyhow::Result<Duration> {
+fn once(stack: &[OwnedFd], dir: &OwnedFd, number: usize) -> anyhow::Result<[Duration; 2]> {
     let make = |name: &str| -> anyhow::Result<OwnedFd> {
         let name = format!("{number}-{name}");
         mkdirat(dir, name.as_str(), Mode::S_IRWXU)?;
@@ -111,10 +111,11 @@ fn once(stack: &[OwnedFd], dir: &OwnedFd, number: usize) -> anyhow::Result<Durat
     let begun = Instant::now();
     let lowers: Vec<_> = stack.iter().map(AsFd::as_fd).collect();
     let mount = mount_stack(&lowers, Some(Top { upper: upper.as_fd(), work: work.as_fd() }))?;
+    let mounted = Instant::now();
     move_mount(mount.as_fd(), open_dir(Path::new("/"))?.as_fd(), c"").context("attach")?;
     nix::unistd::fchdir(&mount)?;
     nix::unistd::pivot_root(".", ".").context("pivot_root")?;
-    let took = begun.elapsed();
+    let took = [begun.elapsed(), mounted.elapsed()];
     umount2(".", MntFlags::MNT_DETACH).context("detach the old root")?;
     nix::unistd::chdir("/")?;
     Ok(took)

@@ -139,7 +139,7 @@ impl<'a> Bench<'a> {
         ensure!(below.len() == self.cell.n_layers, "{} layers", below.len());
         let mut floor = Floor::start(&self.task.scratch, &below)?;
         let (mut checkpoints, mut rollbacks) = (Timed::default(), Timed::default());
-        let (mut floors, mut stops) = (Samples::default(), Samples::default());
+        let (mut floors, mut pivots, mut stops) = (Samples::default(), Samples::default(), Samples::default());
         let mut baselines = Baselines::new();
         let n_rounds = self.cell.rounds(self.task.rounds);
         for round in 0..n_rounds + N_WARM_UP {
@@ -150,7 +150,7 @@ impl<'a> Bench<'a> {
             }
             let floors_of = |floor: &mut Floor| anyhow::Ok((floor.measure()?, self.stop()?));
             // A B in even rounds, B A in odd ones.
-            let ((checkpoint, total), (mount, stop)) = if round.is_multiple_of(2) {
+            let ((checkpoint, total), ([mount, pivot], stop)) = if round.is_multiple_of(2) {
                 let checkpoint = self.checkpoint()?;
                 (checkpoint, floors_of(&mut floor)?)
             } else {
@@ -165,6 +165,7 @@ impl<'a> Bench<'a> {
                 checkpoints.record(checkpoint.stopped_us, total, &phases(&checkpoint.phases_us));
                 rollbacks.record(rollback.stopped_us, total_back, &phases(&rollback.phases_us));
                 floors.record(mount);
+                pivots.record(pivot);
                 stops.record(stop);
             }
         }
@@ -173,6 +174,7 @@ impl<'a> Bench<'a> {
         row["checkpoint"] = checkpoints.describe();
         row["rollback"] = rollbacks.describe();
         row["floor"] = results::quantiles(&floors);
+        row["floor_pivot"] = results::quantiles(&pivots);
         row["stop"] = results::quantiles(&stops);
         row["baselines"] = baselines.describe();
         Ok(row)

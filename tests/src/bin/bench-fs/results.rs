@@ -66,17 +66,17 @@ pub(crate) fn table(rows: &[Value]) -> String {
     let mut text = String::new();
     let _ = writeln!(
         text,
-        "{:<18}{:<11}{:>4} {:>8} {:>8} {:>8} {:>8} {:>7} {:>8} {:>7}",
-        "us", "", "n", "stopped", "p99", "total", "p99", "floor", "x floor", "bare"
+        "{:<18}{:<11}{:>4} {:>8} {:>8} {:>8} {:>8} {:>7} {:>8} {:>7} {:>7}",
+        "us", "", "n", "stopped", "p99", "total", "p99", "floor", "x floor", "(pivot)", "bare"
     );
     let operations = ["checkpoint", "rollback"];
     for (row, name) in rows.iter().flat_map(|row| operations.map(|name| (row, name))) {
         let [stopped, total] = ["stopped", "total"].map(|what| &row[name][what]);
-        let (floor, bare) = (p50(&row["floor"]), p50(&row["stop"]));
+        let [floor, pivot, bare] = ["floor", "floor_pivot", "stop"].map(|what| p50(&row[what]));
         let (cell, n) = (row["cell"].as_str().unwrap_or(""), row["n"].as_u64().unwrap_or(0));
         let _ = writeln!(
             text,
-            "{cell:<18}{name:<11}{n:>4} {:>8.0} {:>8.0} {:>8.0} {:>8.0} {floor:>7.0} {:>8.2} {bare:>7.0}",
+            "{cell:<18}{name:<11}{n:>4} {:>8.0} {:>8.0} {:>8.0} {:>8.0} {floor:>7.0} {:>8.2} {pivot:>7.0} {bare:>7.0}",
             p50(stopped),
             p99(stopped),
             p50(total),
