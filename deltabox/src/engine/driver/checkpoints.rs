@@ -110,6 +110,7 @@ impl Driver {
         self.manifest.epoch += 1;
         self.manifest.head = Some(checkpoint.id);
         let before = checkpoint.parent;
+        crate::fault::point("checkpoints.moved").map_err(io_error("x", &self.dir))?;
         let saved = self.save().and_then(|()| {
             if checkpoint.durable {
                 self.sync(checkpoint.top)?;
@@ -165,6 +166,7 @@ impl Driver {
         let (_, measured, old) = measured_of(switched);
         self.manifest.head = Some(target.id);
         self.manifest.epoch += 1;
+        crate::fault::point("checkpoints.moved").map_err(io_error("x", &self.dir))?;
         self.save()?;
         span.end_of(Phase::Manifest);
         self.book.record(self.manifest.id.as_str(), span);
