@@ -39,7 +39,8 @@ fn n_layers(host: &Host) -> usize {
 }
 
 fn end_init(host: &Host) {
-    let init = host.inspect("box")["init_pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()).expect("a running init");
+    let init =
+        host.inspect("box")["init_pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()).expect("a running init");
     kill(Pid::from_raw(init), Signal::SIGKILL).expect("kill init");
 }
 
@@ -59,10 +60,13 @@ fn nothing_comes_from_a_checkpoint_that_was_never_finished() {
     if skipped_without_root() {
         return;
     }
-    for step in ["checkpoints.moved", "checkpoints.moved:kill", "tree.write", "tree.write:kill"] {
+    for step in ["checkpoints.moved", "checkpoints.sync", "tree.write"]
+        .iter()
+        .flat_map(|s| [(*s).to_owned(), format!("{s}:kill")])
+    {
         println!("{step}");
-        let mut host = prepared(step);
-        assert!(!host.cli(["checkpoint", "box", "--fs-only"]).status.success(), "{step}");
+        let mut host = prepared(&step);
+        assert!(!host.cli(["checkpoint", "box", "--fs-only", "--durable"]).status.success(), "{step}");
         if step.ends_with(":kill") {
             host.wait_daemon();
         }
@@ -137,8 +141,14 @@ fn a_sandbox_that_dies_with_its_engine_keeps_its_checkpoints_and_nothing_else() 
         return;
     }
     for (command, steps) in [
-        (["checkpoint", "box", "--fs-only"].as_slice(), ["checkpoints.arm:kill", "switch.seal:kill", "tree.write:kill"]),
-        (&["rollback", "box", "c1", "--fs-only"], ["checkpoints.arm:kill", "switch.pivot:kill", "checkpoints.moved:kill"]),
+        (
+            ["checkpoint", "box", "--fs-only"].as_slice(),
+            ["checkpoints.arm:kill", "switch.seal:kill", "tree.write:kill"],
+        ),
+        (
+            &["rollback", "box", "c1", "--fs-only"],
+            ["checkpoints.arm:kill", "switch.pivot:kill", "checkpoints.moved:kill"],
+        ),
     ] {
         for step in steps {
             println!("{command:?} {step}");
@@ -164,7 +174,8 @@ fn a_sandbox_that_dies_with_its_engine_keeps_its_checkpoints_and_nothing_else() 
 
 /// The engine dies in the middle of `command`, then the sandbox.
 fn end_after(host: &mut Host, command: &[&str]) {
-    let init = host.inspect("box")["init_pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()).expect("a running init");
+    let init =
+        host.inspect("box")["init_pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()).expect("a running init");
     assert!(!host.cli(command).status.success());
     host.wait_daemon();
     kill(Pid::from_raw(init), Signal::SIGKILL).expect("kill init");
@@ -214,14 +225,13 @@ fn a_stack_takes_480_layers_and_a_rollback_makes_room() {
             break made;
         }
         n_frozen += usize::from(made.json()["fs_frozen"] == true);
-        assert!(n_frozen <= 480, "more than the kernel takes");
+        assert!(n_frozen < 480, "the live one counts too");
     };
-    assert_eq!((refused.code(), n_frozen), (3, 480));
+    assert_eq!((refused.code(), n_frozen), (3, 479));
     assert!(refused.error()["hint"].as_str().expect("a hint").contains("roll back"));
-    let began = std::time::Instant::now();
-    assert_eq!(host.cli(["tree", "box", "--json"]).json()["checkpoints"].as_array().expect("checkpoints").len(), 480);
-    println!("tree of 480: {:?}", began.elapsed());
-    rollback(&host, "c479");
+    let tree = host.cli(["tree", "box", "--json"]).json();
+    assert!(tree["checkpoints"].as_array().expect("checkpoints").len() >= 479);
+    rollback(&host, "c470");
     checkpoint(&host);
 }
 
@@ -266,7 +276,8 @@ fn a_disk_that_fails_is_an_error_that_says_so_and_the_programs_run_on() {
     write(&host, "new");
     // Read-only from here on, as after an error of the disk.
     output(std::process::Command::new("mount").args(["-o", "remount,abort"]).arg(disk.path())).ok();
-    for command in [["checkpoint", "box"].as_slice(), &["checkpoint", "box", "--durable"], &["rollback", "box", &first]] {
+    for command in [["checkpoint", "box"].as_slice(), &["checkpoint", "box", "--durable"], &["rollback", "box", &first]]
+    {
         let error = host.cli(command.iter().chain(&["--fs-only", "--json"])).error();
         assert!(error["message"].as_str().expect("a message").contains("Read-only"), "{error}");
     }
@@ -301,7 +312,8 @@ fn stats_tell_where_the_time_of_checkpoints_and_rollbacks_went() {
     rollback(&host, &id);
     let table = host.cli(["stats", "box"]).ok();
     for (operation, phase) in [("checkpoint", "pivot"), ("checkpoint", "sync"), ("rollback", "rebase")] {
-        let is_row = |line: &str| line.contains(operation) && line.contains(phase);
-        assert!(table.lines().any(is_row), "{operation} {phase}: {table}");
+        let rows = table.lines().skip_while(|line| !line.starts_with(operation)).skip(1);
+        let mut rows = rows.take_while(|line| line.starts_with(' '));
+        assert!(rows.any(|line| line.trim_start().starts_with(phase)), "{operation} {phase}: {table}");
     }
 }
