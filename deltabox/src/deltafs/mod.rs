@@ -11,3 +11,4 @@ pub mod layers;
 pub mod overlay;
 pub mod remove;
 pub mod sync;
+pub mod walk;

@@ -22,6 +22,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use super::Error;
 use crate::deltafs::remove::remove_tree;
+use crate::deltafs::sync::sync_dir;
 use crate::sandbox::SandboxId;
 
 /// An open store.
@@ -163,6 +164,13 @@ impl SandboxDir {
         fs::create_dir(&self.0)?;
         fs::create_dir(self.checkpoints())?;
         fs::create_dir(self.logs())
+    }
+
+    /// Writes the manifest and the names of this directory and its own to disk for good.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        File::open(self.0.join("sandbox.json"))?.sync_all()?;
+        sync_dir(&self.0)?;
+        self.0.parent().map_or(Ok(()), sync_dir)
     }
 
     /// Removes everything: first by a rename, so that a crash in between leaves nothing that looks like a sandbox.
