@@ -174,7 +174,9 @@ impl Host {
     /// The same store with a fresh daemon that has this environment.
     #[must_use]
     pub fn restart_with(mut self, env: &[(&str, &str)]) -> Self {
-        self.end_daemon(Signal::SIGTERM);
+        if self.daemon.is_some() {
+            self.end_daemon(Signal::SIGTERM);
+        }
         self.env = env.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         self.start_daemon();
         self

@@ -218,26 +218,51 @@ fn a_checkpoint_that_fails_at_any_step_leaves_the_sandbox_as_it_was() {
 
 #[test]
 fn an_engine_that_dies_at_any_step_of_a_checkpoint_is_followed_by_one_that_finishes_or_undoes_it() {
+    dies_at_each_of(&STEPS, true);
+}
+
+/// Steps of an injection, by the names of what has just been done.
+const INJECTION: [&str; 12] = [
+    "stop.interrupted",
+    "stop.halted",
+    "inject.recorded",
+    "inject.prepared",
+    "inject.registers",
+    "inject.masked",
+    "inject.queued",
+    "inject.marked",
+    "inject.resumed",
+    "inject.leaving",
+    "inject.unmasked",
+    "inject.left",
+];
+
+#[test]
+fn an_engine_that_dies_inside_an_injection_is_followed_by_one_that_finishes_or_undoes_it() {
+    dies_at_each_of(&INJECTION, false);
+}
+
+/// With a checkpoint before, or in processes in which the engine has never been.
+fn dies_at_each_of(steps: &[&str], with_first: bool) {
     if skipped_without_root() {
         return;
     }
-    for step in STEPS {
+    for step in steps {
         println!("{step}");
         let host = Host::start();
         host.create("box");
         let pid = start_busy_with(&host, "TORN=1");
-        let first = checkpoint(&host);
+        let mut ids: Vec<_> = with_first.then(|| checkpoint(&host)).into_iter().collect();
         let mut host = host.restart_with(&[("DELTABOX_FAULT", &format!("{step}:kill"))]);
         assert!(!host.cli(["checkpoint", "box", "--fs-only"]).status.success(), "{step}");
         host.wait_daemon();
         let host = host.restart_without_faults();
         assert_eq!(n_overlays(&host), 1, "{step}");
         let tree = host.cli(["tree", "box", "--json"]).json();
-        assert_eq!(tree["checkpoints"].as_array().expect("checkpoints").len(), 1, "{step}: {tree}");
-        let second = checkpoint(&host);
+        assert_eq!(tree["checkpoints"].as_array().expect("checkpoints").len(), ids.len(), "{step}: {tree}");
+        ids.push(checkpoint(&host));
         end_busy(&host, pid);
-        rollback(&host, &first);
-        rollback(&host, &second);
+        ids.iter().for_each(|id| rollback(&host, id));
         wait_until(&format!("{step}: no layer is left over"), || layers(&host).len() <= 4);
     }
 }

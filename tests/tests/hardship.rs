@@ -44,7 +44,7 @@ fn a_damaged_manifest_costs_its_own_sandbox_and_no_other() {
     assert_ne!(host.sh("bad", "cat /tmp/kept").code(), 0, "the name is free for a new one");
     let aside = fs::read_dir(host.store().join("sandboxes")).unwrap().flatten();
     let aside = aside.map(|entry| entry.path()).find(|path| path.to_string_lossy().contains(".damaged-bad-")).unwrap();
-    assert_eq!(fs::read_to_string(aside.join("layers/1/upper/tmp/kept")).unwrap(), "kept\n");
+    assert_eq!(fs::read_to_string(aside.join("layers/2/upper/tmp/kept")).unwrap(), "kept\n");
 }
 
 #[test]

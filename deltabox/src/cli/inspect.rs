@@ -74,6 +74,7 @@ fn show_checkpoint(node: &TreeNode, json: bool) -> Result<(), Failure> {
         ("froze a layer", yes_no(one.fs_frozen)),
         ("durable", yes_no(one.durable)),
         ("layers", node.n_layers.to_string()),
+        ("damage", or_dash(&node.damage)),
         ("own", print::size(node.own_bytes)),
         ("shared", print::size(node.shared_bytes)),
         ("stopped", format!("{} us", one.stopped_us)),

@@ -23,7 +23,9 @@ pub(super) struct Args {
 pub(super) fn run(args: Args, context: &Context) -> Outcome {
     let filter = EnvFilter::try_from_env("DELTABOX_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let color = io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(color).init();
+    // A log that cannot be written (disk full) is lost; to complain about it on the same stream would panic.
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(color);
+    log.log_internal_errors(false).init();
     let request = ServeRequest { place: context.place.clone(), ready_fd: args.ready_fd };
     let ready = json!({
         "socket": context.place.socket,

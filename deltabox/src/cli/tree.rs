@@ -1,5 +1,7 @@
 //! `deltabox tree`.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use crate::engine::{TreeNode, TreeReport};
 use crate::sandbox::SandboxId;
 
@@ -22,6 +24,11 @@ pub(super) fn run(args: Args, context: &Context) -> Outcome {
     }
     let rows: Vec<_> = drawn(&tree).into_iter().map(|(drawing, node)| cells(drawing, node, &tree)).collect();
     print::table(&["CHECKPOINT", "NAME", ">AGE", ">LAYERS", ">OWN", ">SHARED", ">STOPPED us"], &rows)?;
+    for node in &tree.checkpoints {
+        if let Some(damage) = &node.damage {
+            print::line(&format!("{} is damaged: {}", node.checkpoint.id, print::printable(damage)))?;
+        }
+    }
     Ok(0)
 }
 
@@ -42,13 +49,17 @@ fn cells(drawing: String, node: &TreeNode, tree: &TreeReport) -> Vec<String> {
 /// Every node with the lines that lead to it, children below their parent. A chain of any length takes one column:
 /// only where it branches there are lines.
 fn drawn(tree: &TreeReport) -> Vec<(String, &TreeNode)> {
-    let children = |parent: Option<&str>| -> Vec<&TreeNode> {
-        tree.checkpoints.iter().filter(|node| node.checkpoint.parent.as_deref() == parent).collect()
-    };
+    let known: BTreeSet<&str> = tree.checkpoints.iter().map(|node| node.checkpoint.id.as_str()).collect();
+    let mut children: BTreeMap<Option<&str>, Vec<&TreeNode>> = BTreeMap::new();
+    for node in &tree.checkpoints {
+        // One whose parent cannot be read is shown all the same.
+        let parent = node.checkpoint.parent.as_deref().filter(|parent| known.contains(parent));
+        children.entry(parent).or_default().push(node);
+    }
     let mut rows = Vec::new();
     // What is still to be drawn, the next one last: a node, the lines above it, and its own branch.
     let mut left: Vec<(&TreeNode, String, &str)> =
-        children(None).into_iter().rev().map(|node| (node, String::new(), "")).collect();
+        children.remove(&None).unwrap_or_default().into_iter().rev().map(|node| (node, String::new(), "")).collect();
     while let Some((node, lines, branch)) = left.pop() {
         rows.push((format!("{lines}{branch}"), node));
         let below = match branch {
@@ -56,9 +67,9 @@ fn drawn(tree: &TreeReport) -> Vec<(String, &TreeNode)> {
             "└─ " => format!("{lines}   "),
             _ => lines,
         };
-        let children = children(Some(&node.checkpoint.id));
-        let n = children.len();
-        for (i, child) in children.into_iter().enumerate().rev() {
+        let below_it = children.remove(&Some(node.checkpoint.id.as_str())).unwrap_or_default();
+        let n = below_it.len();
+        for (i, child) in below_it.into_iter().enumerate().rev() {
             let branch = match (n, i + 1 == n) {
                 (1, _) => "",
                 (_, true) => "└─ ",
@@ -93,7 +104,7 @@ mod tests {
             n_threads: 0,
             n_descriptions: 0,
         };
-        TreeNode { checkpoint, n_layers: 0, own_bytes: 0, shared_bytes: 0 }
+        TreeNode { checkpoint, n_layers: 0, own_bytes: 0, shared_bytes: 0, damage: None }
     }
 
     #[test]
@@ -103,5 +114,12 @@ mod tests {
         let tree = TreeReport { sandbox: "a".parse().unwrap(), head: None, checkpoints };
         let rows: Vec<_> = drawn(&tree).iter().map(|(line, node)| format!("{line}{}", node.checkpoint.id)).collect();
         assert_eq!(rows, ["c1", "c2", "├─ c3", "│  c5", "└─ c4"]);
+    }
+
+    #[test]
+    fn a_checkpoint_whose_parent_is_not_known_is_drawn() {
+        let checkpoints = vec![node("c2", Some("c1")), node("c3", Some("c2"))];
+        let tree = TreeReport { sandbox: "a".parse().unwrap(), head: None, checkpoints };
+        assert_eq!(drawn(&tree).len(), 2);
     }
 }

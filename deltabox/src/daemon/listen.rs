@@ -13,6 +13,8 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg, OFlag};
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 
 /// Why there is no socket to listen on.
 #[derive(Debug, thiserror::Error)]
@@ -64,7 +66,7 @@ impl SocketLock {
         let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => lock,
             Err((file, nix::errno::Errno::EWOULDBLOCK)) => {
-                if patience.is_zero() || UnixStream::connect(socket).is_ok() {
+                if patience.is_zero() || is_served(socket) {
                     return Err(already_running(socket, file));
                 }
                 lock_within(file, patience).ok_or_else(|| match open() {
@@ -113,6 +115,15 @@ fn make_parent(socket: &Path) -> Result<(), ListenError> {
         Some(parent) => make_private_dir(parent),
         None => Ok(()),
     }
+}
+
+/// Whether the one who listens lives. A child of a daemon that was killed while it made a sandbox has the socket for a
+/// moment longer, until it gets to close it.
+fn is_served(socket: &Path) -> bool {
+    let Ok(stream) = UnixStream::connect(socket) else { return false };
+    let Ok(peer) = getsockopt(&stream, PeerCredentials) else { return true };
+    let stat = fs::read_to_string(format!("/proc/{}/stat", peer.pid())).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
 /// flock(2) has no deadline: a thread waits for the lock, we wait for the thread.
@@ -170,6 +181,30 @@ mod tests {
         UnixStream::connect(&socket).unwrap();
         let names = fs::read_dir(socket.parent().unwrap()).unwrap().count();
         assert_eq!(names, 2, "only the socket and its lock are left");
+    }
+
+    #[test]
+    fn a_socket_whose_listener_has_died_is_not_served() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sock");
+        // The listener's descriptor outlives the process that listened.
+        let listener = nix::sys::socket::socket(
+            nix::sys::socket::AddressFamily::Unix,
+            nix::sys::socket::SockType::Stream,
+            nix::sys::socket::SockFlag::empty(),
+            None,
+        )
+        .unwrap();
+        let address = nix::sys::socket::UnixAddr::new(&path).unwrap();
+        nix::sys::socket::bind(std::os::fd::AsRawFd::as_raw_fd(&listener), &address).unwrap();
+        let program = "import socket; socket.socket(fileno=0).listen()";
+        let mut child = std::process::Command::new("/usr/bin/python3");
+        let status = child.args(["-c", program]).stdin(listener.try_clone().unwrap()).status().unwrap();
+        assert!(status.success());
+        UnixStream::connect(&path).unwrap();
+        assert!(!is_served(&path));
+        nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(16).unwrap()).unwrap();
+        assert!(is_served(&path));
     }
 
     #[test]

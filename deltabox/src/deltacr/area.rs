@@ -15,17 +15,20 @@
 //! Nothing read here is trusted: a program may have changed or unmapped all of it. What is not exactly our code at the
 //! recorded address is not our area.
 
+use std::cell::OnceCell;
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 
 use libc::pid_t;
+use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
+use nix::unistd::Pid;
 
 use super::frame::{AREA_XSTATE, XSTATE_MAX_BYTES};
-use crate::sys::blob::{self, AREA_BYTES, AREA_SLOTS, N_SLOTS};
+use crate::sys::blob::{self, AREA_BYTES, AREA_CALLS as CALLS, AREA_SLOTS, N_SLOTS};
 
-/// The calls of a batch.
-pub(super) const CALLS: usize = AREA_XSTATE + XSTATE_MAX_BYTES;
+const _: () = assert!(CALLS == AREA_XSTATE + XSTATE_MAX_BYTES, "calls follow the extended registers");
 /// Bytes of a call.
 pub(super) const CALL_BYTES: usize = 64;
 /// Calls that fit.
@@ -37,24 +40,101 @@ const _: () = assert!(SCRATCH < AREA_BYTES, "the scratch room is what is left");
 const MAGIC: &[u8; 16] = b"deltabox area 01";
 const HEADER_BYTES: usize = MAGIC.len() + 8;
 const PAGE_BYTES: usize = 4096;
+/// More than the batch code has.
+const MAX_CODE_BYTES: usize = 1024;
 
-/// The memory of another process.
+/// The memory of another process, through one of its threads.
 #[derive(Debug)]
-pub(super) struct Memory(File);
+pub(super) struct Memory {
+    tid: pid_t,
+    path: PathBuf,
+    /// For what its protection forbids; opened when first needed.
+    file: OnceCell<File>,
+}
 
 impl Memory {
-    pub(super) fn open(pid: pid_t, tid: pid_t) -> io::Result<Self> {
-        let path = format!("/proc/{pid}/task/{tid}/mem");
-        Ok(Self(File::options().read(true).write(true).open(path)?))
+    pub(super) fn of(pid: pid_t, tid: pid_t) -> Self {
+        Self { tid, path: PathBuf::from(format!("/proc/{pid}/task/{tid}/mem")), file: OnceCell::new() }
     }
 
+    /// Reads whatever the protection, as a debugger does.
     pub(super) fn read(&self, at: u64, bytes: &mut [u8]) -> io::Result<()> {
-        self.0.read_exact_at(bytes, at)
+        let len_bytes = bytes.len();
+        let remote = [remote(at, len_bytes)?];
+        if process_vm_readv(Pid::from_raw(self.tid), &mut [IoSliceMut::new(bytes)], &remote) == Ok(len_bytes) {
+            return Ok(());
+        }
+        self.file()?.read_exact_at(bytes, at)
     }
 
     /// Writes whatever the protection, as a debugger does.
     pub(super) fn write(&self, at: u64, bytes: &[u8]) -> io::Result<()> {
-        self.0.write_all_at(bytes, at)
+        self.write_all([(at, bytes)])
+    }
+
+    /// Reads all parts or fails, only what the process itself could read.
+    pub(super) fn read_all<const N: usize>(&self, parts: [(u64, &mut [u8]); N]) -> io::Result<()> {
+        let mut remotes = [remote(0, 0)?; N];
+        let mut len_bytes = 0;
+        for (remote_part, (at, bytes)) in remotes.iter_mut().zip(&parts) {
+            *remote_part = remote(*at, bytes.len())?;
+            len_bytes += bytes.len();
+        }
+        let mut locals = parts.map(|(_, bytes)| IoSliceMut::new(bytes));
+        let n = process_vm_readv(Pid::from_raw(self.tid), &mut locals, &remotes)?;
+        if n == len_bytes { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    }
+
+    /// Writes one part after the other, whatever their protection.
+    pub(super) fn write_all<const N: usize>(&self, parts: [(u64, &[u8]); N]) -> io::Result<()> {
+        let mut remotes = [remote(0, 0)?; N];
+        let mut len_bytes = 0;
+        for (remote_part, (at, bytes)) in remotes.iter_mut().zip(&parts) {
+            *remote_part = remote(*at, bytes.len())?;
+            len_bytes += bytes.len();
+        }
+        let locals = parts.map(|(_, bytes)| IoSlice::new(bytes));
+        if process_vm_writev(Pid::from_raw(self.tid), &locals, &remotes) == Ok(len_bytes) {
+            return Ok(());
+        }
+        parts.iter().try_for_each(|(at, bytes)| self.file()?.write_all_at(bytes, *at))
+    }
+
+    fn file(&self) -> io::Result<&File> {
+        if let Some(file) = self.file.get() {
+            return Ok(file);
+        }
+        let file = File::options().read(true).write(true).open(&self.path)?;
+        Ok(self.file.get_or_init(|| file))
+    }
+}
+
+fn remote(at: u64, len: usize) -> io::Result<RemoteIoVec> {
+    let base = usize::try_from(at).map_err(|_| io::Error::from_raw_os_error(libc::EFAULT))?;
+    Ok(RemoteIoVec { base, len })
+}
+
+/// What is known of a process from the last hand in it. Nothing of it is relied on without a look.
+#[derive(Debug)]
+pub(super) struct Known {
+    pub(super) pid: pid_t,
+    pub(super) tid: pid_t,
+    /// `stat` of the thread, kept open: it answers ESRCH when the thread is gone, whatever has its number then.
+    pub(super) stat: File,
+    pub(super) place: Place,
+    pub(super) area: u64,
+}
+
+impl Known {
+    /// Whether the area is still there and recorded.
+    pub(super) fn holds(&self, memory: &Memory) -> bool {
+        let mut header = [0; HEADER_BYTES];
+        let mut code = [0; MAX_CODE_BYTES];
+        let mut last = [0; 1];
+        let code = &mut code[..blob::batch().len()];
+        let end = self.area.wrapping_add(AREA_BYTES as u64 - 1);
+        let read = memory.read_all([(self.place.start, &mut header), (self.area, &mut *code), (end, &mut last)]);
+        read.is_ok() && parse_header(&header) == Some(self.area) && *code == *blob::batch()
     }
 }
 
@@ -105,11 +185,7 @@ impl Place {
     pub(super) fn recorded(self, memory: &Memory) -> io::Result<Option<u64>> {
         let mut header = [0; HEADER_BYTES];
         memory.read(self.start, &mut header)?;
-        let (magic, address) = header.split_at(MAGIC.len());
-        let area = address.try_into().map_or(0, u64::from_le_bytes);
-        if magic != MAGIC || area == 0 {
-            return Ok(None);
-        }
+        let Some(area) = parse_header(&header) else { return Ok(None) };
         let mut code = vec![0; blob::batch().len()];
         // All of it must be there, its last page too.
         let mut last = [0; 1];
@@ -123,6 +199,13 @@ impl Place {
         memory.write(area, blob::batch())?;
         memory.write(self.start + MAGIC.len() as u64, &area.to_le_bytes())
     }
+}
+
+/// The area's address in a header, if it is one and has one.
+fn parse_header(header: &[u8; HEADER_BYTES]) -> Option<u64> {
+    let (magic, address) = header.split_at(MAGIC.len());
+    let area = address.try_into().map_or(0, u64::from_le_bytes);
+    (magic == MAGIC && area != 0).then_some(area)
 }
 
 fn place_bytes() -> usize {

@@ -1,7 +1,7 @@
 //! What injected code needs to leave a thread as it was: slots and a signal frame, byte by byte. Pure.
 //!
 //! ```text
-//! slots:  all signals | marker | own mask | plain? | rflags rsp rip rax rbx rcx rdx rsi rdi rbp r8 .. r15
+//! slots:  all signals | marker | own mask | plain? | rflags rsp rip rax rbx rcx rdx rsi rdi rbp r8 .. r15 | n calls
 //!
 //! ucontext (at AREA_CONTEXT, where rsp points at rt_sigreturn):
 //!    0 flags   8 link  16 stack {sp, flags, size}  40 r8 .. r15  104 rdi rsi rbp rbx rdx rax rcx rsp rip eflags
@@ -83,8 +83,9 @@ pub(super) fn slots(own: &Registers, mask: u64, marker: i32, how: GoOn) -> [u8; 
         own.r13,
         own.r14,
         own.r15,
+        0,
     ];
-    const _: () = assert!(slot::RFLAGS + 1 + slot::REGISTERS.len() == N_SLOTS, "the slots are those of the code");
+    const _: () = assert!(slot::RFLAGS + 1 + slot::REGISTERS.len() == slot::COUNT, "the slots are those of the code");
     let mut bytes = [0; N_SLOTS * 8];
     for (place, value) in bytes.chunks_exact_mut(8).zip(values) {
         place.copy_from_slice(&value.to_le_bytes());
@@ -144,9 +145,18 @@ pub(super) fn seal_xstate(xstate: &mut [u8], filled: usize, end_of: impl Fn(u32)
 }
 
 /// Where a component of the extended registers ends in the standard format on this CPU.
+///
+/// Asked for once: a hypervisor answers CPUID in microseconds.
 pub(super) fn component_end(bit: u32) -> usize {
-    let leaf = std::arch::x86_64::__cpuid_count(0xd, bit);
-    (leaf.eax as usize).saturating_add(leaf.ebx as usize)
+    static ENDS: std::sync::LazyLock<[usize; 64]> = std::sync::LazyLock::new(|| {
+        let mut ends = [0; 64];
+        for (bit, end) in (0_u32..).zip(&mut ends).skip(2) {
+            let leaf = std::arch::x86_64::__cpuid_count(0xd, bit);
+            *end = (leaf.eax as usize).saturating_add(leaf.ebx as usize);
+        }
+        ends
+    });
+    ENDS.get(bit as usize).copied().unwrap_or(0)
 }
 
 #[cfg(test)]

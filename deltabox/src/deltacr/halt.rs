@@ -43,6 +43,7 @@ pub(super) fn settle(stopped: &mut Stopped, request: Request<'_>) -> Result<(), 
             // After the deadline nothing new is begun, but what was interrupted is waited for: it can be let go then.
             late = Instant::now() >= request.deadline;
         }
+        crate::fault::point("stop.interrupted").map_err(faulted)?;
         let stuck = wait_all(stopped, request.deadline)?;
         if !stuck.is_empty() {
             stopped.release();
@@ -58,7 +59,7 @@ pub(super) fn settle(stopped: &mut Stopped, request: Request<'_>) -> Result<(), 
         }
         if n_clean_scans >= 2 {
             if check_halted(stopped)? {
-                return Ok(());
+                return crate::fault::point("stop.halted").map_err(faulted);
             }
             n_clean_scans = 0;
         }
@@ -66,6 +67,10 @@ pub(super) fn settle(stopped: &mut Stopped, request: Request<'_>) -> Result<(), 
             return Err(StopRefusal::Unsettled { n_threads: stopped.n_threads() }.into());
         }
     }
+}
+
+fn faulted(source: io::Error) -> StopError {
+    StopError::Tracer { op: "stop", source }
 }
 
 /// Forgets the threads that were let go: the next scan finds those that still live.

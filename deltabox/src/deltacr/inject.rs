@@ -8,8 +8,9 @@
 //!   SETREGS -> rip in boot or batch code        from here on the code finds the way back alone
 //!   SETSIGMASK all, queue the marker signal     (the code itself blocks all first, in case this was not reached)
 //!   CONT
-//!     code: calls ..., unblock the marker ----> signal-delivery stop: the engine reads results, may start over
+//!     code: calls ..., unblock the marker ----> signal-delivery stop: the engine reads results
 //!     |       orphan: nobody listens, the marker is a signal that the process ignores
+//!     code: more calls? (the engine writes them, then their number, then SETSIGMASK, marker, CONT) back up
 //!     code: rt_sigreturn, or load registers
 //!   SETSIGMASK own, SETREGS own                 (in this order)
 //! ```
@@ -23,20 +24,20 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use libc::{pid_t, user_regs_struct as Registers};
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::ptrace;
 use nix::unistd::Pid;
 
-use super::area::{CALL_BYTES, CALLS, Memory, N_CALLS, Place, SCRATCH};
+use super::area::{CALL_BYTES, Known, Memory, N_CALLS, Place, SCRATCH};
 use super::error::{InjectError, InjectRefusal};
-use super::frame::{self, AREA_XSTATE, XSTATE_MAX_BYTES};
+use super::frame::{self, AREA_XSTATE};
 use super::interrupted::{self, GoOn};
+use super::marker::choose_marker;
+use super::rseq::leave_critical_section;
 use super::stop::{Stopped, Thread};
-use super::tasks;
-use crate::sys::blob::{AREA_BYTES, AREA_CONTEXT, AREA_SLOTS};
-use crate::sys::ptrace::{
-    get_rseq_configuration, get_signal_mask, get_xstate, queue_signal, resume, set_signal_mask, wait_thread,
-};
+use super::tasks::{self, Stat};
+use crate::fault;
+use crate::sys::blob::{AREA_BYTES, AREA_CALLS, AREA_CONTEXT, AREA_SLOTS, slot};
+use crate::sys::ptrace::{get_signal_mask, get_xstate, queue_signal, resume, set_signal_mask, wait_thread};
 
 /// How long a batch may take before the call it is in counts as blocked (chosen).
 const BATCH_PATIENCE: Duration = Duration::from_secs(5);
@@ -63,9 +64,15 @@ pub struct Hand<'a> {
     mask: u64,
     marker: i32,
     area: u64,
-    /// The tracer's own affinity.
-    affinity: Option<CpuSet>,
+    /// The thread waits in batch code for more calls.
+    waits: bool,
     closed: bool,
+}
+
+/// How an area is come by.
+enum Ground {
+    Known(u64),
+    Found { place: Place, area: Option<u64>, stat: std::fs::File },
 }
 
 impl<'a> Hand<'a> {
@@ -76,25 +83,33 @@ impl<'a> Hand<'a> {
         if thread.registers.cs != interrupted::CODE_64 {
             return Err(InjectRefusal::ForeignArchitecture { pid }.into());
         }
-        let memory = Memory::open(pid, tid).map_err(failed("open the memory of"))?;
-        let place = Place::find(pid, tid, &memory)
-            .map_err(failed("read the vdso of"))?
-            .ok_or(InjectRefusal::NoPlace { pid })?;
-        let area = place.recorded(&memory).map_err(failed("read the vdso of"))?;
-        stopped.finish_orphans(pid, |rip| place.is_injected(area, rip)).map_err(InjectError::Orphan)?;
-        let stat =
-            tasks::read_stat(pid, tid).map_err(failed("read the state of"))?.ok_or(InjectError::Gone { pid, tid })?;
+        let memory = Memory::of(pid, tid);
+        let (ground, stat) = match look_at_known(stopped, tid, &memory) {
+            Some(known) => known,
+            None => {
+                let file = tasks::open_stat(pid, tid).map_err(failed("read the state of"))?;
+                let place = Place::find(pid, tid, &memory)
+                    .map_err(failed("read the vdso of"))?
+                    .ok_or(InjectRefusal::NoPlace { pid })?;
+                let area = place.recorded(&memory).map_err(failed("read the vdso of"))?;
+                stopped.finish_orphans(pid, |rip| place.is_injected(area, rip)).map_err(InjectError::Orphan)?;
+                // An orphan in boot code has unmapped what it made.
+                let area = place.recorded(&memory).map_err(failed("read the vdso of"))?;
+                let stat = tasks::reread_stat(&file)
+                    .map_err(failed("read the state of"))?
+                    .ok_or(InjectError::Gone { pid, tid })?;
+                (Ground::Found { place, area, stat: file }, stat)
+            }
+        };
         let marker = choose_marker(&stat).ok_or(InjectRefusal::NoMarker { pid })?;
         let mask = get_signal_mask(tid).map_err(failed("read the signal mask of"))?;
         let mut own = first_thread(stopped, pid)?.registers;
         own.rip = leave_critical_section(&memory, tid, &own).map_err(failed("read the rseq area of"))?;
         stopped.keep_registers(tid, own);
-        let affinity = pin_to(stat.cpu);
-        let mut hand = Self { stopped, pid, tid, memory, own, mask, marker, area: 0, affinity, closed: false };
+        stopped.pin_to(stat.cpu);
+        let mut hand = Self { stopped, pid, tid, memory, own, mask, marker, area: 0, waits: false, closed: false };
         hand.set_filter_suspended(true)?;
-        // An orphan in boot code has unmapped what it made.
-        let area = place.recorded(&hand.memory).map_err(failed("read the vdso of"))?;
-        hand.enter(place, area)?;
+        hand.enter(ground)?;
         Ok(hand)
     }
 
@@ -137,25 +152,37 @@ impl<'a> Hand<'a> {
     /// The thread's own registers are restored in any case; calls may have been made.
     pub fn run(&mut self, calls: &[Call]) -> Result<Vec<i64>, InjectError> {
         let mut results = Vec::with_capacity(calls.len());
-        for batch in calls.chunks(N_CALLS) {
-            let mut bytes = Vec::with_capacity(batch.len() * CALL_BYTES);
-            for call in batch {
-                bytes.extend(call.nr.to_le_bytes());
-                bytes.extend(call.args.iter().flat_map(|arg| arg.to_le_bytes()));
-                bytes.extend([0; 8]);
-            }
-            let at = self.area + CALLS as u64;
-            self.write(at, &bytes)?;
-            let start = Registers { rip: self.area, rbx: at, r12: batch.len() as u64, ..self.foreign() };
-            self.execute(start).map_err(|error| match error {
+        let mut bytes = std::mem::take(&mut self.stopped.buffer);
+        let made = calls.chunks(N_CALLS).try_for_each(|batch| {
+            self.run_batch(batch, &mut bytes).map_err(|error| match error {
                 InjectError::Blocked { pid, index } => InjectError::Blocked { pid, index: index + results.len() },
                 error => error,
             })?;
-            self.read(at, &mut bytes)?;
             let result = |call: &[u8]| call[CALL_BYTES - 8..].try_into().map_or(-1, i64::from_le_bytes);
             results.extend(bytes.chunks_exact(CALL_BYTES).map(result));
+            Ok(())
+        });
+        self.stopped.buffer = bytes;
+        made.map(|()| results)
+    }
+
+    /// Makes calls that fit into the area; `bytes` is what became of them.
+    fn run_batch(&mut self, batch: &[Call], bytes: &mut Vec<u8>) -> Result<(), InjectError> {
+        bytes.clear();
+        for call in batch {
+            bytes.extend(call.nr.to_le_bytes());
+            bytes.extend(call.args.iter().flat_map(|arg| arg.to_le_bytes()));
+            bytes.extend([0; 8]);
         }
-        Ok(results)
+        let at = self.area + AREA_CALLS as u64;
+        // The number last: an orphan makes all of them or none.
+        let count = (self.area + (AREA_SLOTS + slot::COUNT * 8) as u64, &(batch.len() as u64).to_le_bytes()[..]);
+        self.memory.write_all([(at, bytes), count]).map_err(|source| self.error("write memory of", source))?;
+        let start = if self.waits { None } else { Some(Registers { rip: self.area, ..self.foreign() }) };
+        self.waits = false;
+        self.execute(start)?;
+        self.waits = true;
+        self.read(at, bytes)
     }
 
     /// One call.
@@ -179,51 +206,74 @@ impl<'a> Hand<'a> {
     }
 
     /// Finds or makes the area and puts the way back into it.
-    fn enter(&mut self, place: Place, recorded: Option<u64>) -> Result<(), InjectError> {
-        let pid = self.pid;
+    fn enter(&mut self, ground: Ground) -> Result<(), InjectError> {
         let (back, how) = interrupted::restarted(&self.own);
-        let mut fresh = None;
-        self.area = match recorded {
-            Some(area) => area,
-            None => {
-                let slots = frame::slots(&back, self.mask, self.marker, GoOn::Plain);
-                place.prepare(&self.memory, &slots).map_err(|source| self.error("write the vdso of", source))?;
-                let end = self.execute(Registers { rip: place.boot(), ..self.foreign() })?;
-                for result in [end.rbx.cast_signed(), end.r12.cast_signed()] {
-                    if (-4095..0).contains(&result) {
-                        return Err(InjectRefusal::AreaDenied { pid, errno: -result }.into());
-                    }
-                }
-                fresh = Some(end.rbx);
-                end.rbx
-            }
+        self.area = match &ground {
+            Ground::Known(area) | Ground::Found { area: Some(area), .. } => *area,
+            Ground::Found { place, area: None, .. } => self.boot(*place, &back)?,
         };
-        let mut xstate = vec![0; XSTATE_MAX_BYTES];
-        let filled = get_xstate(self.tid, &mut xstate).map_err(|source| self.error("read registers of", source))?;
-        let len_bytes = frame::seal_xstate(&mut xstate, filled, frame::component_end)
-            .ok_or(InjectRefusal::BigState { pid, len_bytes: filled })?;
-        let context = frame::context(&back, self.mask, self.area + AREA_XSTATE as u64);
-        self.write(self.area + AREA_XSTATE as u64, &xstate[..len_bytes])?;
-        self.write(self.area + AREA_CONTEXT as u64, &context)?;
-        self.write(self.area + AREA_SLOTS as u64, &frame::slots(&back, self.mask, self.marker, how))?;
-        if let Some(area) = fresh {
-            place.record(&self.memory, area).map_err(|source| self.error("write the vdso of", source))?;
+        let mut xstate = std::mem::take(&mut self.stopped.buffer);
+        let written = self.write_way_back(&back, how, &mut xstate);
+        self.stopped.buffer = xstate;
+        written?;
+        if let Ground::Found { place, area, stat } = ground {
+            if area.is_none() {
+                place.record(&self.memory, self.area).map_err(|source| self.error("write the vdso of", source))?;
+            }
+            fault::point("inject.recorded").map_err(|source| self.error("record the area of", source))?;
+            let known = Known { pid: self.pid, tid: self.tid, stat, place, area: self.area };
+            self.stopped.kept.known.retain(|other| other.pid != known.pid);
+            self.stopped.kept.known.push(known);
         }
         Ok(())
     }
 
-    /// Runs injected code until its marker; the registers there.
-    fn execute(&mut self, start: Registers) -> Result<Registers, InjectError> {
+    /// Has the process map an area; its address.
+    fn boot(&mut self, place: Place, back: &Registers) -> Result<u64, InjectError> {
+        let slots = frame::slots(back, self.mask, self.marker, GoOn::Plain);
+        place.prepare(&self.memory, &slots).map_err(|source| self.error("write the vdso of", source))?;
+        fault::point("inject.prepared").map_err(|source| self.error("prepare", source))?;
+        self.execute(Some(Registers { rip: place.boot(), ..self.foreign() }))?;
+        let end = ptrace::getregs(Pid::from_raw(self.tid))
+            .map_err(|source| self.error("read registers of", source.into()))?;
+        for result in [end.rbx.cast_signed(), end.r12.cast_signed()] {
+            if (-4095..0).contains(&result) {
+                return Err(InjectRefusal::AreaDenied { pid: self.pid, errno: -result }.into());
+            }
+        }
+        Ok(end.rbx)
+    }
+
+    fn write_way_back(&self, back: &Registers, how: GoOn, xstate: &mut Vec<u8>) -> Result<(), InjectError> {
+        xstate.resize(frame::XSTATE_MAX_BYTES, 0);
+        let filled = get_xstate(self.tid, xstate).map_err(|source| self.error("read registers of", source))?;
+        let len_bytes = frame::seal_xstate(xstate, filled, frame::component_end)
+            .ok_or(InjectRefusal::BigState { pid: self.pid, len_bytes: filled })?;
+        let context = frame::context(back, self.mask, self.area + AREA_XSTATE as u64);
+        let slots = frame::slots(back, self.mask, self.marker, how);
+        let at = |offset: usize| self.area + offset as u64;
+        let parts =
+            [(at(AREA_XSTATE), &xstate[..len_bytes]), (at(AREA_CONTEXT), &context[..]), (at(AREA_SLOTS), &slots[..])];
+        self.memory.write_all(parts).map_err(|source| self.error("write memory of", source))
+    }
+
+    /// Runs injected code until its marker: from `start`, or on from where it is.
+    fn execute(&mut self, start: Option<Registers>) -> Result<(), InjectError> {
         let tid = self.tid;
-        let pid = Pid::from_raw(tid);
-        ptrace::setregs(pid, start).map_err(|source| self.error("set registers of", source.into()))?;
+        if let Some(start) = start {
+            ptrace::setregs(Pid::from_raw(tid), start)
+                .map_err(|source| self.error("set registers of", source.into()))?;
+            fault::point("inject.registers").map_err(|source| self.error("set registers of", source))?;
+        }
         set_signal_mask(tid, u64::MAX).map_err(|source| self.error("set the signal mask of", source))?;
+        fault::point("inject.masked").map_err(|source| self.error("set the signal mask of", source))?;
         queue_signal(self.pid, tid, self.marker, 0).map_err(|source| self.error("queue a signal for", source))?;
-        self.stopped.alarm.arm(BATCH_PATIENCE, TICK).map_err(|source| self.error("time calls of", source))?;
+        fault::point("inject.queued").map_err(|source| self.error("queue a signal for", source))?;
+        self.stopped.alarm.listen(BATCH_PATIENCE, TICK).map_err(|source| self.error("time calls of", source))?;
         let reached = self.wait_marker();
-        self.stopped.alarm.disarm().map_err(|source| self.error("time calls of", source))?;
+        self.stopped.alarm.deafen().map_err(|source| self.error("time calls of", source))?;
         reached?;
-        ptrace::getregs(pid).map_err(|source| self.error("read registers of", source.into()))
+        fault::point("inject.marked").map_err(|source| self.error("wait for", source))
     }
 
     fn wait_marker(&mut self) -> Result<(), InjectError> {
@@ -231,6 +281,7 @@ impl<'a> Hand<'a> {
         let deadline = Instant::now() + BATCH_PATIENCE;
         let mut interrupted = false;
         resume(tid, 0).map_err(|source| self.error("resume", source))?;
+        fault::point("inject.resumed").map_err(|source| self.error("resume", source))?;
         loop {
             let status = match wait_thread(tid, 0) {
                 Ok(Some(status)) => status,
@@ -255,7 +306,7 @@ impl<'a> Hand<'a> {
             match signal {
                 _ if event != 0 && interrupted => {
                     let left = ptrace::getregs(Pid::from_raw(tid)).map_or(0, |registers| registers.rbx);
-                    let done = left.saturating_sub(self.area + CALLS as u64) / CALL_BYTES as u64;
+                    let done = left.saturating_sub(self.area + AREA_CALLS as u64) / CALL_BYTES as u64;
                     return Err(InjectError::Blocked { pid, index: usize::try_from(done).unwrap_or(0) });
                 }
                 // Job control has changed; that is for after the injection.
@@ -285,15 +336,20 @@ impl<'a> Hand<'a> {
             return Ok(());
         }
         self.closed = true;
+        // No step is left out because one before it failed.
+        let left = fault::point("inject.leaving").map_err(|source| self.error("leave", source));
         let mask = set_signal_mask(self.tid, self.mask).map_err(|source| self.error("set the signal mask of", source));
+        let left = left.and(fault::point("inject.unmasked").map_err(|source| self.error("leave", source)));
         let registers = ptrace::setregs(Pid::from_raw(self.tid), self.own)
             .map_err(|source| self.error("set registers of", source.into()));
+        let left = left.and(fault::point("inject.left").map_err(|source| self.error("leave", source)));
         let filter = self.set_filter_suspended(false);
-        if let Some(affinity) = self.affinity.take() {
-            // CPUs may have gone meanwhile; then any will do.
-            let _ = sched_setaffinity(Pid::from_raw(0), &affinity);
+        if mask.is_err() || registers.is_err() {
+            // It is dead, or finds its way out of injected code alone: the next stop looks.
+            self.stopped.kept.orphans_finished = false;
+            self.stopped.kept.known.retain(|known| known.pid != self.pid);
         }
-        mask.and(registers).and(filter)
+        mask.and(registers).and(filter).and(left)
     }
 }
 
@@ -316,89 +372,9 @@ fn thread_error(op: &'static str, pid: pid_t, tid: pid_t, source: io::Error) -> 
     InjectError::Thread { op, pid, tid, source }
 }
 
-/// A signal that has no effect on the process, so that an orphan can receive it, and is not pending for the thread.
-fn choose_marker(stat: &tasks::Stat) -> Option<i32> {
-    const IGNORED_BY_DEFAULT: [i32; 2] = [libc::SIGURG, libc::SIGWINCH];
-    // Signals 1 to 31 but those that faults send and that stop, continue or kill, or that say something of children.
-    const NEVER: [i32; 14] = [
-        libc::SIGKILL,
-        libc::SIGSTOP,
-        libc::SIGCONT,
-        libc::SIGTSTP,
-        libc::SIGTTIN,
-        libc::SIGTTOU,
-        libc::SIGSEGV,
-        libc::SIGBUS,
-        libc::SIGILL,
-        libc::SIGFPE,
-        libc::SIGTRAP,
-        libc::SIGSYS,
-        libc::SIGCHLD,
-        libc::SIGABRT,
-    ];
-    let is_in = |set: u64, signal: i32| set & (1 << (signal - 1)) != 0;
-    let harmless = IGNORED_BY_DEFAULT.into_iter().filter(|signal| !is_in(stat.caught, *signal));
-    let ignored = (1..32).filter(|signal| is_in(stat.ignored, *signal) && !NEVER.contains(signal));
-    harmless.chain(ignored).find(|signal| !is_in(stat.pending, *signal))
-}
-
-/// The instruction to go on with: the own one, or the abort handler if that is in a restartable sequence.
-///
-/// The kernel itself aborts sequences when it returns to a thread that was scheduled out, but it would see the
-/// injected code's address, find it outside, and forget the sequence.
-fn leave_critical_section(memory: &Memory, tid: pid_t, registers: &Registers) -> io::Result<u64> {
-    let rip = registers.rip;
-    let area = get_rseq_configuration(tid)?.address;
-    let mut pointer = [0; 8];
-    // An area or a description that cannot be read would kill the thread at its next return; that is its affair.
-    if area == 0 || memory.read(area + 8, &mut pointer).is_err() {
-        return Ok(rip);
-    }
-    let mut section = [0; 32];
-    let pointer = u64::from_le_bytes(pointer);
-    if pointer == 0 || memory.read(pointer, &mut section).is_err() {
-        return Ok(rip);
-    }
-    let word = |at: usize| section[at..at + 8].try_into().map_or(0, u64::from_le_bytes);
-    // struct rseq_cs: version, flags, start_ip, post_commit_offset, abort_ip.
-    let (start, len_bytes, abort) = (word(8), word(16), word(24));
-    Ok(if rip.wrapping_sub(start) < len_bytes { abort } else { rip })
-}
-
-/// Pins the calling thread to `cpu`; what it was pinned to before. A round trip across CPUs takes 10 times as long.
-fn pin_to(cpu: usize) -> Option<CpuSet> {
-    let own = sched_getaffinity(Pid::from_raw(0)).ok()?;
-    let mut one = CpuSet::new();
-    one.set(cpu).ok()?;
-    sched_setaffinity(Pid::from_raw(0), &one).ok()?;
-    Some(own)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const fn set(signals: &[i32]) -> u64 {
-        let mut set = 0;
-        let mut at = 0;
-        while at < signals.len() {
-            set |= 1 << (signals[at] - 1);
-            at += 1;
-        }
-        set
-    }
-
-    fn marker(pending: u64, ignored: u64, caught: u64) -> Option<i32> {
-        choose_marker(&tasks::Stat { state: 't', pending, ignored, caught, cpu: 0 })
-    }
-
-    #[test]
-    fn the_marker_is_a_signal_that_the_process_does_not_notice() {
-        assert_eq!(marker(0, 0, 0), Some(libc::SIGURG));
-        assert_eq!(marker(set(&[libc::SIGURG]), 0, 0), Some(libc::SIGWINCH));
-        assert_eq!(marker(0, 0, set(&[libc::SIGURG])), Some(libc::SIGWINCH));
-        let both = set(&[libc::SIGURG, libc::SIGWINCH]);
-        assert_eq!(marker(0, set(&[libc::SIGPIPE]), both), Some(libc::SIGPIPE));
-        assert_eq!(marker(0, set(&[libc::SIGCHLD, libc::SIGTSTP, libc::SIGSEGV]), both), None);
-    }
+/// The ground and state of a process that the tracer knows from an earlier stop, if all is as it was.
+fn look_at_known(stopped: &Stopped, tid: pid_t, memory: &Memory) -> Option<(Ground, Stat)> {
+    let known = stopped.kept.known.iter().find(|known| known.tid == tid)?;
+    let stat = tasks::reread_stat(&known.stat).ok()??;
+    known.holds(memory).then_some((Ground::Known(known.area), stat))
 }

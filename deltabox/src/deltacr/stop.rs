@@ -19,12 +19,14 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use libc::{pid_t, user_regs_struct as Registers};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::ptrace;
 use nix::unistd::Pid;
 
 use super::alarm::Alarm;
-use super::area::{Memory, Place};
+use super::area::{Known, Memory, Place};
 use super::error::StopError;
+use super::frame::{self, XSTATE_MAX_BYTES};
 use super::halt::{self, Halt, PATIENCE, TICK};
 use super::inject::Hand;
 use super::waits::Waits;
@@ -58,6 +60,8 @@ pub struct Tracer {
 #[derive(Debug, Default)]
 pub(super) struct Kept {
     pub(super) waits: Waits,
+    /// Processes in which there was a hand.
+    pub(super) known: Vec<Known>,
     /// No thread is in injected code of an engine that died: this one has looked.
     pub(super) orphans_finished: bool,
 }
@@ -89,8 +93,7 @@ impl Tracer {
         let kept = std::mem::take(&mut self.kept);
         let tracer = || {
             let alarm = Alarm::new().map_err(|source| StopError::Tracer { op: "make a timer", source })?;
-            let processes = Vec::new();
-            let mut stopped = Stopped { processes, deferred: Vec::new(), alarm, kept, not_send: PhantomData };
+            let mut stopped = Stopped::new(alarm, kept);
             let result = stop(&mut stopped, request).map(|()| work(&mut stopped));
             stopped.release();
             Ok((result, std::mem::take(&mut stopped.kept)))
@@ -123,6 +126,11 @@ where
 #[derive(Debug)]
 pub struct Stopped {
     pub(super) processes: Vec<Process>,
+    /// Bytes on their way, so that nothing is allocated at the stop.
+    pub(super) buffer: Vec<u8>,
+    /// The tracer's own affinity, and the CPU to which it is pinned.
+    pub(super) affinity: Option<CpuSet>,
+    pub(super) pinned: Option<usize>,
     /// SIGSTOPs that arrived while injected code ran, to be sent again.
     pub(super) deferred: Vec<(pid_t, i32)>,
     pub(super) alarm: Alarm,
@@ -153,6 +161,33 @@ pub struct Thread {
 }
 
 impl Stopped {
+    fn new(alarm: Alarm, kept: Kept) -> Self {
+        // Known before the stop, not in it.
+        frame::component_end(2);
+        Self {
+            processes: Vec::with_capacity(64),
+            buffer: vec![0; XSTATE_MAX_BYTES],
+            affinity: sched_getaffinity(Pid::from_raw(0)).ok(),
+            pinned: None,
+            deferred: Vec::with_capacity(16),
+            alarm,
+            kept,
+            not_send: PhantomData,
+        }
+    }
+
+    /// Pins the tracer to `cpu` until the end of the stop. A round trip across CPUs takes 10 times as long.
+    pub(super) fn pin_to(&mut self, cpu: usize) {
+        if self.pinned == Some(cpu) {
+            return;
+        }
+        let mut one = CpuSet::new();
+        // It may have gone meanwhile; then any will do.
+        if one.set(cpu).is_ok() && sched_setaffinity(Pid::from_raw(0), &one).is_ok() {
+            self.pinned = Some(cpu);
+        }
+    }
+
     /// The processes, in the order in which the group listed them.
     pub fn processes(&self) -> &[Process] {
         &self.processes
@@ -191,9 +226,9 @@ impl Stopped {
                 // Its turn, should it be on this CPU: microseconds are all it needs.
                 std::thread::yield_now();
                 halt::interrupt(pid, tid)?;
-                self.alarm.arm(PATIENCE, TICK).map_err(failed("time", tid))?;
+                self.alarm.listen(PATIENCE, TICK).map_err(failed("time", tid))?;
                 let halt = halt::wait_halt(pid, tid, deadline);
-                self.alarm.disarm().map_err(failed("time", tid))?;
+                self.alarm.deafen().map_err(failed("time", tid))?;
                 match halt? {
                     Halt::Halted { .. } => thread.halted = true,
                     Halt::Ended => return Err(failed("wait for", tid)(io::Error::from_raw_os_error(libc::ESRCH))),
@@ -225,6 +260,11 @@ impl Stopped {
 
     /// Detaches all that are halted; the others stay seized until this OS thread ends.
     pub(super) fn release(&mut self) {
+        if self.pinned.take().is_some()
+            && let Some(affinity) = &self.affinity
+        {
+            let _ = sched_setaffinity(Pid::from_raw(0), affinity);
+        }
         for (pid, signal) in self.deferred.drain(..) {
             if let Ok(signal) = nix::sys::signal::Signal::try_from(signal) {
                 // It may have died meanwhile.
@@ -253,19 +293,22 @@ impl Drop for Stopped {
 }
 
 fn stop(stopped: &mut Stopped, request: Request<'_>) -> Result<(), StopError> {
-    let timer = |op: &'static str| move |source| StopError::Tracer { op, source };
-    stopped.alarm.arm(PATIENCE, TICK).map_err(timer("arm a timer"))?;
+    let timer = |source| StopError::Tracer { op: "set a timer", source };
+    stopped.alarm.listen(PATIENCE, TICK).map_err(timer)?;
     let settled = halt::settle(stopped, request);
     if settled.is_err() {
         halt::calm(stopped);
     }
-    stopped.alarm.disarm().map_err(timer("disarm a timer"))?;
+    stopped.alarm.deafen().map_err(timer)?;
+    stopped.alarm.disarm().map_err(timer)?;
     settled?;
     if !stopped.kept.orphans_finished {
         finish_all_orphans(stopped)?;
         stopped.kept.orphans_finished = true;
     }
     stopped.kept.waits.end_stop();
+    let Stopped { kept, processes, .. } = stopped;
+    kept.known.retain(|known| processes.iter().any(|process| process.pid == known.pid));
     Ok(())
 }
 
@@ -276,9 +319,10 @@ fn finish_all_orphans(stopped: &mut Stopped) -> Result<(), StopError> {
         let process = &stopped.processes[at];
         let (pid, tid) = (process.pid, process.threads[0].tid);
         let failed = |source| StopError::Thread { op: "look for injected code in", pid, tid, source };
-        let looked = Memory::open(pid, tid).and_then(|memory| {
-            let Some(place) = Place::find(pid, tid, &memory)? else { return Ok(None) };
-            Ok(Some((place, place.recorded(&memory)?)))
+        let memory = Memory::of(pid, tid);
+        let looked = Place::find(pid, tid, &memory).and_then(|place| match place {
+            Some(place) => Ok(Some((place, place.recorded(&memory)?))),
+            None => Ok(None),
         });
         match looked {
             Ok(Some((place, area))) => stopped.finish_orphans(pid, |rip| place.is_injected(area, rip))?,

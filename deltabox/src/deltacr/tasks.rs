@@ -1,7 +1,8 @@
 //! What the kernel tells about processes and threads in `/proc` and cgroups.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use libc::pid_t;
@@ -25,7 +26,10 @@ pub(super) struct Stat {
 fn parse_stat(text: &str) -> Option<Stat> {
     let rest = &text[text.rfind(')')? + 1..];
     // The third field of proc_pid_stat(5) is the first here.
-    let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
+    let mut fields = [""; 50];
+    for (place, field) in fields.iter_mut().zip(rest.split_ascii_whitespace()) {
+        *place = field;
+    }
     let field = |number: usize| fields.get(number - 3).copied();
     Some(Stat {
         state: field(3)?.chars().next()?,
@@ -47,8 +51,22 @@ fn none_if_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
 
 /// `stat` of a thread, `None` if there is none.
 pub(super) fn read_stat(pid: pid_t, tid: pid_t) -> io::Result<Option<Stat>> {
-    let Some(text) = none_if_gone(fs::read(format!("/proc/{pid}/task/{tid}/stat")))? else { return Ok(None) };
-    let text = String::from_utf8_lossy(&text);
+    match none_if_gone(open_stat(pid, tid))? {
+        Some(stat) => reread_stat(&stat),
+        None => Ok(None),
+    }
+}
+
+/// `stat` of a thread, to be read again and again.
+pub(super) fn open_stat(pid: pid_t, tid: pid_t) -> io::Result<File> {
+    File::open(format!("/proc/{pid}/task/{tid}/stat"))
+}
+
+/// Reads an open `stat`, `None` if its thread is gone.
+pub(super) fn reread_stat(stat: &File) -> io::Result<Option<Stat>> {
+    let mut bytes = [0; 2048];
+    let Some(len_bytes) = none_if_gone(stat.read_at(&mut bytes, 0))? else { return Ok(None) };
+    let text = String::from_utf8_lossy(&bytes[..len_bytes]);
     parse_stat(&text).map(Some).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not a stat line"))
 }
 

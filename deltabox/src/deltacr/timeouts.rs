@@ -51,7 +51,7 @@ fn read_time(pid: pid_t, tid: pid_t, at: u64, unit_ns: u64) -> Option<Duration> 
         return None;
     }
     let mut bytes = [0; 16];
-    Memory::open(pid, tid).ok()?.read(at, &mut bytes).ok()?;
+    Memory::of(pid, tid).read(at, &mut bytes).ok()?;
     let word = |at: usize| bytes[at..at + 8].try_into().ok().map(i64::from_le_bytes);
     let (seconds, fraction) = (u64::try_from(word(0)?).ok()?, u64::try_from(word(8)?).ok()?);
     Duration::from_secs(seconds).checked_add(Duration::from_nanos(fraction.checked_mul(unit_ns)?))

@@ -177,6 +177,12 @@ impl LiveLayer {
         &self.record
     }
 
+    /// Its root looked different when programs began to use it. Not on disk: an engine that reads the record later takes
+    /// the layer for changed, and freezes it empty.
+    pub fn set_first_look(&mut self, look: RootLook) {
+        self.record.root = look;
+    }
+
     /// For [`super::overlay::mount_stack`].
     pub fn top(&self) -> Top<'_> {
         Top { upper: self.upper.as_fd(), work: self.work.as_fd() }

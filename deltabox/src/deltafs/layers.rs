@@ -3,13 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use nix::sys::stat::SFlag;
 
 use super::layer::{LayerId, LiveLayer, Record, RootLook};
 use super::remove::remove_tree;
+use super::sync::{sync_dir, sync_tree};
+use super::walk::walk;
 use crate::sandbox::SandboxId;
 
 /// Directories with this prefix are on their way out.
@@ -22,6 +25,8 @@ pub struct Layers {
     next: AtomicU64,
     /// Of frozen layers that were walked once.
     usages: Mutex<BTreeMap<LayerId, Usage>>,
+    /// What lies below layers that were read once: it never changes.
+    parents: Mutex<BTreeMap<LayerId, Option<LayerId>>>,
 }
 
 /// A layer that a chain needs and that is not whole.
@@ -44,17 +49,21 @@ pub struct Usage {
 }
 
 impl Layers {
-    /// Opens the directory, making it where it is missing, and finishes removals that were cut short.
+    /// Opens the directory, making it where it is missing, and finishes removals that were cut short. One that cannot
+    /// be finished waits for the next start.
     pub fn open(dir: &Path) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
-        let layers = Self { dir: dir.to_owned(), next: AtomicU64::new(1), usages: Mutex::default() };
+        let (next, usages, parents) = (AtomicU64::new(1), Mutex::default(), Mutex::default());
+        let layers = Self { dir: dir.to_owned(), next, usages, parents };
         for entry in fs::read_dir(dir)? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            if name.starts_with(REMOVING) {
-                remove_tree(&entry.path())?;
-            } else if let Ok(id) = name.parse() {
-                layers.keep_clear_of(id);
+            let id = name.strip_prefix(REMOVING).unwrap_or(&name).parse();
+            id.into_iter().for_each(|id| layers.keep_clear_of(id));
+            if name.starts_with(REMOVING)
+                && let Err(error) = remove_tree(&entry.path())
+            {
+                tracing::error!(path = %entry.path().display(), %error, "the removal of a layer cannot be finished");
             }
         }
         Ok(layers)
@@ -97,19 +106,41 @@ impl Layers {
     pub fn chain(&self, top: Option<LayerId>) -> Result<Vec<LayerId>, ChainError> {
         let (mut chain, mut next) = (Vec::new(), top);
         while let Some(id) = next {
-            let failed = |source| ChainError { id, source };
-            let record = Record::load(&self.path(id)).map_err(failed)?;
-            if !self.upper(id).is_dir() {
-                return Err(failed(io::ErrorKind::NotFound.into()));
-            }
-            // Layers are made above older ones; anything else is damage that would never end.
-            if record.id != id || record.parent.is_some_and(|parent| parent >= id) {
-                return Err(failed(io::Error::new(io::ErrorKind::InvalidData, "its layer.json is another's")));
-            }
+            next = self.check(id)?;
             chain.push(id);
-            next = record.parent;
         }
         Ok(chain)
+    }
+
+    /// The same of layers that are in use: each is looked at once in the life of this engine.
+    pub fn known_chain(&self, top: LayerId) -> Result<Vec<LayerId>, ChainError> {
+        let (mut chain, mut next) = (Vec::new(), Some(top));
+        while let Some(id) = next {
+            next = self.parent(id)?;
+            chain.push(id);
+        }
+        Ok(chain)
+    }
+
+    /// The layer below one that may have been looked at before.
+    pub fn parent(&self, id: LayerId) -> Result<Option<LayerId>, ChainError> {
+        let known = lock(&self.parents).get(&id).copied();
+        known.map_or_else(|| self.check(id), Ok)
+    }
+
+    /// Looks at a layer on disk; returns the one below.
+    pub fn check(&self, id: LayerId) -> Result<Option<LayerId>, ChainError> {
+        let failed = |source| ChainError { id, source };
+        let record = Record::load(&self.path(id)).map_err(failed)?;
+        if !self.upper(id).is_dir() {
+            return Err(failed(io::ErrorKind::NotFound.into()));
+        }
+        // Layers are made above older ones; anything else is damage that would never end.
+        if record.id != id || record.parent.is_some_and(|parent| parent >= id) {
+            return Err(failed(io::Error::new(io::ErrorKind::InvalidData, "its layer.json is another's")));
+        }
+        lock(&self.parents).insert(id, record.parent);
+        Ok(record.parent)
     }
 
     /// All there are, whole or not.
@@ -129,19 +160,19 @@ impl Layers {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             other => other?,
         }
-        self.usages.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        lock(&self.usages).remove(&id);
+        lock(&self.parents).remove(&id);
         crate::fault::point("layers.remove")?;
         remove_tree(&doomed)
     }
 
     /// What a frozen layer takes: walked once.
     pub fn frozen_usage(&self, id: LayerId) -> io::Result<Usage> {
-        let usages = || self.usages.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(usage) = usages().get(&id) {
+        if let Some(usage) = lock(&self.usages).get(&id) {
             return Ok(*usage);
         }
         let usage = self.scan_usage(id)?;
-        usages().insert(id, usage);
+        lock(&self.usages).insert(id, usage);
         Ok(usage)
     }
 
@@ -149,23 +180,25 @@ impl Layers {
     pub fn scan_usage(&self, id: LayerId) -> io::Result<Usage> {
         let mut usage = Usage::default();
         let mut seen = BTreeSet::new();
-        let mut queue = vec![self.upper(id)];
-        while let Some(dir) = queue.pop() {
-            for entry in fs::read_dir(&dir)? {
-                let entry = entry?;
-                // A live layer changes while it is walked.
-                let Ok(meta) = entry.metadata() else { continue };
-                usage.n_entries += 1;
-                if meta.nlink() == 1 || meta.is_dir() || seen.insert(meta.ino()) {
-                    usage.bytes += meta.blocks() * 512;
-                }
-                if meta.is_dir() {
-                    queue.push(entry.path());
-                }
+        walk(&self.upper(id), |entry| {
+            usage.n_entries += 1;
+            if entry.stat.st_nlink == 1 || entry.kind() == SFlag::S_IFDIR || seen.insert(entry.stat.st_ino) {
+                usage.bytes += u64::try_from(entry.stat.st_blocks).unwrap_or(0) * 512;
             }
-        }
+            Ok(())
+        })?;
         Ok(usage)
     }
+
+    /// Writes a layer to disk for good, its name included.
+    pub fn sync(&self, id: LayerId) -> io::Result<()> {
+        sync_tree(&self.path(id))?;
+        sync_dir(&self.dir)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -192,6 +225,15 @@ mod tests {
         let again = Layers::open(dir.path()).unwrap();
         again.keep_clear_of(second);
         assert!(again.create(Some(first), &name, None, look()).unwrap().record().id > second);
+    }
+
+    #[test]
+    fn a_removal_cut_short_is_finished_and_its_number_not_given_again() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join(".removing-7/upper/x")).unwrap();
+        let layers = Layers::open(dir.path()).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        assert_eq!(layers.create(None, &"a".parse().unwrap(), None, look()).unwrap().record().id, LayerId(8));
     }
 
     #[test]

@@ -17,3 +17,4 @@ pub mod sync;
 #[cfg(test)]
 mod testing;
 pub mod view;
+pub mod walk;

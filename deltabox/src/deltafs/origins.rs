@@ -37,7 +37,9 @@ impl Origins {
                 let Ok(fd) = place::open(layer, &path, OFlag::O_PATH) else { continue };
                 let is_dir = Kind::of(nix::sys::stat::fstat(&fd)?.st_mode) == Kind::Directory;
                 if is_dir {
-                    queue.push(path);
+                    if path.as_os_str().len() <= place::MAX_DEEP_BYTES {
+                        queue.push(path);
+                    }
                 } else if let Some(source) = source(fd.as_fd())?
                     && let Ok(handle) = identity_at(fd.as_fd(), c"")
                 {

@@ -1,24 +1,26 @@
 //! Writing a tree to disk for good.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::path::Path;
+
+use nix::sys::stat::SFlag;
+
+use super::walk::walk;
 
 /// fsync of every file and directory below `dir`, and of itself: its own files, nobody else's (syncfs would wait for
 /// all of the file system).
 pub fn sync_tree(dir: &Path) -> io::Result<()> {
-    let mut queue = vec![dir.to_owned()];
-    while let Some(dir) = queue.pop() {
-        for entry in fs::read_dir(&dir)? {
-            let entry = entry?;
-            let kind = entry.file_type()?;
-            if kind.is_dir() {
-                queue.push(entry.path());
-            } else if kind.is_file() {
-                File::open(entry.path())?.sync_all()?;
-            }
+    walk(dir, |entry| {
+        if matches!(entry.kind(), SFlag::S_IFREG | SFlag::S_IFDIR) {
+            File::from(entry.open()?).sync_all()?;
         }
-        File::open(&dir)?.sync_all()?;
-    }
-    Ok(())
+        Ok(())
+    })?;
+    sync_dir(dir)
+}
+
+/// fsync of one directory: of the names in it.
+pub fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
 }

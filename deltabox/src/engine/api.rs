@@ -175,6 +175,9 @@ pub struct TreeNode {
     pub own_bytes: u64,
     /// Bytes on disk of its layers that others need too.
     pub shared_bytes: u64,
+    /// Which layer of its stack is not whole, and why: no rollback to it then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub damage: Option<String>,
 }
 
 /// What a sandbox's files take on disk, bytes. The base is nobody's.

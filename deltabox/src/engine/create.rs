@@ -108,8 +108,8 @@ pub(super) fn register(engine: &Engine, manifest: Manifest, tree: Tree, life: Op
         epoch: manifest.epoch,
         create_us: manifest.create_us,
     };
-    let (live, tops) = (manifest.live, tops(&manifest, &tree));
-    let shown = Shown { report, execs: Vec::new(), tree: Arc::new(tree.clone()), live, tops };
+    let (live, next, tops) = (manifest.live, manifest.next, tops(&manifest, &tree));
+    let shown = Shown { report, execs: Vec::new(), tree: Arc::new(tree.clone()), live, next, tops };
     let shown = Arc::new(Mutex::new(shown));
     let image = match &manifest.spec.base {
         BaseRef::Image { name } => Some(name.clone()),

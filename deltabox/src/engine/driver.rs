@@ -65,6 +65,7 @@ pub(super) struct Shown {
     pub(super) execs: Vec<ExecReport>,
     pub(super) tree: Arc<Tree>,
     pub(super) live: LayerId,
+    pub(super) next: Option<LayerId>,
     /// Layers that it needs, with all below them.
     pub(super) tops: Tops,
 }
@@ -159,6 +160,11 @@ impl Driver {
             next_seq: 0,
             alarms: Vec::new(),
         }
+    }
+
+    /// Its processes are on different roots, and that could not be mended.
+    pub(super) fn set_torn(&mut self, why: String) {
+        self.torn = Some(why);
     }
 
     /// Serves until the sandbox is removed. Returns the reply of that request, for when its name is free again.
@@ -376,7 +382,7 @@ impl Driver {
         let mut shown = self.lock_shown();
         shown.execs = execs;
         if shown.report.epoch == self.manifest.epoch
-            && shown.live == self.manifest.live
+            && (shown.live, shown.next) == (self.manifest.live, self.manifest.next)
             && Arc::ptr_eq(&shown.tree, &self.tree)
         {
             return;
@@ -384,7 +390,7 @@ impl Driver {
         shown.report.epoch = self.manifest.epoch;
         shown.report.head = self.manifest.head.map(|id| id.to_string());
         shown.report.live_layer = self.engine.0.layers.path(self.manifest.live);
-        shown.live = self.manifest.live;
+        (shown.live, shown.next) = (self.manifest.live, self.manifest.next);
         shown.tree = Arc::clone(&self.tree);
         shown.tops = tops(&self.manifest, &self.tree);
     }

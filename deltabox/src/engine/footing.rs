@@ -8,6 +8,7 @@ use std::sync::Arc;
 use super::{Engine, Error, error, lock};
 use crate::deltafs::hostbase::{self, HostBase};
 use crate::deltafs::layer::{LayerId, LiveLayer, open_dir};
+use crate::deltafs::layers::ChainError;
 use crate::deltafs::overlay;
 use crate::sandbox::BaseRef;
 use crate::sys::mount::{self, Clone as CloneWhat};
@@ -76,7 +77,8 @@ impl Footing {
 
     /// Mounts a stack, detached: `live` over `frozen` (the topmost first) over the skeleton and the base.
     pub(super) fn mount(&self, engine: &Engine, frozen: &[LayerId], live: &LiveLayer) -> io::Result<OwnedFd> {
-        let open = |id: &LayerId| open_dir(&engine.0.layers.upper(*id));
+        let damaged = |id| move |source| io::Error::other(ChainError { id, source });
+        let open = |id: &LayerId| open_dir(&engine.0.layers.upper(*id)).map_err(damaged(*id));
         let frozen = frozen.iter().map(open).collect::<io::Result<Vec<_>>>()?;
         let mut lowers: Vec<_> = frozen.iter().map(AsFd::as_fd).collect();
         lowers.extend(self.lowers(engine));

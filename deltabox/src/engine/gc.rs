@@ -1,16 +1,18 @@
 //! Which layers somebody needs, and the removal of the others.
 //!
-//! Needed is what the chain of a live layer, of one that may become it, or of a checkpoint reaches. The layers that
-//! were made for a sandbox are removed by its driver alone, so never while it makes one.
+//! Needed is what the chain of a live layer, of one that may become it, or of a checkpoint reaches; and below a damaged
+//! layer everything that is older. The layers that were made for a sandbox are removed by its driver alone, so never
+//! while it makes one.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
 use super::api::{DiskReport, GcReport, Reply, TreeNode, TreeReport};
 use super::driver::Message;
+use super::tree::Checkpoint;
 use super::{Engine, Error, lock};
 use crate::deltafs::layer::{LayerId, Record};
-use crate::deltafs::layers::Usage;
+use crate::deltafs::layers::{Layers, Usage};
 use crate::sandbox::SandboxId;
 
 /// Layers by which a sandbox needs others: its live one, the next one, each checkpoint's topmost.
@@ -72,71 +74,55 @@ impl Engine {
         let layers = &self.0.layers;
         let io = |source| Error::Io { op: "clean up", path: self.0.store.layers(), source };
         let mut report = GcReport::default();
-        let needed = self.needed(None)?;
-        for id in layers.list().map_err(io)?.difference(&needed) {
-            let Ok(record) = Record::load(&layers.path(*id)) else { continue };
+        let needed = self.needed(None);
+        for id in layers.list().map_err(io)?.into_iter().filter(|id| !needed.may_be(*id)) {
+            let Ok(record) = Record::load(&layers.path(id)) else { continue };
             if is_meant(&record) {
-                report.bytes += layers.scan_usage(*id).unwrap_or_default().bytes;
+                report.bytes += layers.scan_usage(id).unwrap_or_default().bytes;
                 report.n_layers += 1;
-                layers.remove(*id).map_err(io)?;
+                layers.remove(id).map_err(io)?;
             }
         }
         Ok(report)
     }
 
     /// All layers that sandboxes need, but for one of them.
-    fn needed(&self, except: Option<&SandboxId>) -> Result<BTreeSet<LayerId>, Error> {
+    fn needed(&self, except: Option<&SandboxId>) -> Needed {
         let handles: Vec<_> = self.sandboxes().iter().map(|(id, handle)| (id.clone(), handle.clone())).collect();
-        let mut needed = BTreeSet::new();
+        let mut needed = Needed::default();
         for (_, handle) in handles.into_iter().filter(|(id, _)| Some(id) != except) {
-            let tops = handle.shown.map(|shown| lock(&shown).tops.clone()).unwrap_or_default();
-            self.add_chains(&tops, &mut needed)?;
+            needed.add(&self.0.layers, handle.shown.map(|shown| lock(&shown).tops.clone()).unwrap_or_default());
         }
-        Ok(needed)
+        needed
     }
 
-    fn add_chains(&self, tops: &Tops, needed: &mut BTreeSet<LayerId>) -> Result<(), Error> {
-        for top in tops {
-            let mut next = Some(*top);
-            while let Some(id) = next {
-                if !needed.insert(id) {
-                    break;
-                }
-                // One that is gone or damaged needs nothing; its sandbox's checkpoints say so when they are used.
-                next = Record::load(&self.0.layers.path(id)).ok().and_then(|record| record.parent);
-            }
-        }
-        Ok(())
-    }
-
-    /// The checkpoints of a sandbox. Walks layers that were not walked before.
+    /// The checkpoints of a sandbox. Looks at every layer, and walks those that were not walked before.
     pub fn tree(&self, id: &SandboxId) -> Result<TreeReport, Error> {
         let shown = self.shown(id)?;
         let (tree, head, live) = {
             let shown = lock(&shown);
             (Arc::clone(&shown.tree), shown.report.head.clone(), shown.live)
         };
-        let others = self.needed(Some(id))?;
-        let mut checkpoints = Vec::new();
-        for one in tree.iter() {
-            let chain = self.0.layers.chain(one.top).map_err(Error::Layer)?;
-            // What other checkpoints of the same sandbox need.
-            let mut needed = others.clone();
-            let mut tops: Tops = tree.iter().filter(|other| other.id != one.id).filter_map(|other| other.top).collect();
-            tops.insert(live);
-            self.add_chains(&tops, &mut needed)?;
-            let (mut own_bytes, mut shared_bytes) = (0, 0);
-            for layer in &chain {
-                let usage = self.0.layers.frozen_usage(*layer).unwrap_or_default();
-                if needed.contains(layer) {
-                    shared_bytes += usage.bytes;
-                } else {
-                    own_bytes += usage.bytes;
-                }
-            }
-            checkpoints.push(TreeNode { checkpoint: one.report(id), n_layers: chain.len(), own_bytes, shared_bytes });
+        let layers = &self.0.layers;
+        let mut others = self.needed(Some(id));
+        others.add(layers, [live]);
+        let mut looks = BTreeMap::new();
+        let stacks: Vec<_> = tree.iter().map(|one| Stack::look(layers, one.top, &mut looks)).collect();
+        let mut n_users = BTreeMap::new();
+        for layer in stacks.iter().flat_map(|stack| &stack.layers) {
+            *n_users.entry(*layer).or_insert(0) += 1;
         }
-        Ok(TreeReport { sandbox: id.clone(), head, checkpoints })
+        let node = |(one, stack): (&Checkpoint, Stack)| {
+            let (mut own_bytes, mut shared_bytes) = (0, 0);
+            for layer in &stack.layers {
+                let bytes = layers.frozen_usage(*layer).unwrap_or_default().bytes;
+                let is_own = n_users.get(layer) == Some(&1) && !others.layers.contains(layer);
+                *(if is_own { &mut own_bytes } else { &mut shared_bytes }) += bytes;
+            }
+            let (checkpoint, n_layers) = (one.report(id), stack.layers.len());
+            TreeNode { checkpoint, n_layers, own_bytes, shared_bytes, damage: stack.damage }
+        };
+        Ok(TreeReport { sandbox: id.clone(), head, checkpoints: tree.iter().zip(stacks).map(node).collect() })
     }
 
     /// What the files of a sandbox take on disk. Walks its live layer, and others that were not walked before.
@@ -146,20 +132,97 @@ impl Engine {
             let shown = lock(&shown);
             (shown.tops.clone(), shown.live)
         };
-        let others = self.needed(Some(id))?;
-        let mut mine = BTreeSet::new();
-        self.add_chains(&tops, &mut mine)?;
-        let live_bytes = self.0.layers.scan_usage(live).unwrap_or_default().bytes;
-        let n_layers = self.0.layers.chain(Some(live)).map_err(Error::Layer)?.len() - 1;
+        let layers = &self.0.layers;
+        let others = self.needed(Some(id));
+        let (mut mine, mut stack) = (Needed::default(), Needed::default());
+        mine.add(layers, tops);
+        stack.add(layers, [live]);
+        let live_bytes = layers.scan_usage(live).unwrap_or_default().bytes;
         let (mut own_bytes, mut shared_bytes) = (live_bytes, 0);
-        for layer in mine.into_iter().filter(|layer| *layer != live) {
-            let Usage { bytes, .. } = self.0.layers.frozen_usage(layer).unwrap_or_default();
-            if others.contains(&layer) {
-                shared_bytes += bytes;
-            } else {
-                own_bytes += bytes;
+        for layer in mine.layers.into_iter().filter(|layer| *layer != live) {
+            let Usage { bytes, .. } = layers.frozen_usage(layer).unwrap_or_default();
+            *(if others.layers.contains(&layer) { &mut shared_bytes } else { &mut own_bytes }) += bytes;
+        }
+        Ok(DiskReport { live_bytes, own_bytes, shared_bytes, n_layers: stack.layers.len() - 1 })
+    }
+}
+
+/// Layers that chains reach.
+#[derive(Debug, Default)]
+struct Needed {
+    layers: BTreeSet<LayerId>,
+    /// The highest layer that is damaged: what lies below it cannot be told, but that it is older.
+    damaged: Option<LayerId>,
+}
+
+impl Needed {
+    fn add(&mut self, layers: &Layers, tops: impl IntoIterator<Item = LayerId>) {
+        for top in tops {
+            let mut next = Some(top);
+            while let Some(id) = next.filter(|id| self.layers.insert(*id)) {
+                next = layers.parent(id).unwrap_or_else(|_| {
+                    self.damaged = self.damaged.max(Some(id));
+                    None
+                });
             }
         }
-        Ok(DiskReport { live_bytes, own_bytes, shared_bytes, n_layers })
+    }
+
+    fn may_be(&self, id: LayerId) -> bool {
+        self.layers.contains(&id) || self.damaged.is_some_and(|damaged| id < damaged)
+    }
+}
+
+/// What a checkpoint's stack was found to be.
+struct Stack {
+    layers: Vec<LayerId>,
+    damage: Option<String>,
+}
+
+impl Stack {
+    /// Looks at each layer that is not in `looks` yet.
+    fn look(layers: &Layers, top: Option<LayerId>, looks: &mut BTreeMap<LayerId, Look>) -> Self {
+        let (mut stack, mut next) = (Self { layers: Vec::new(), damage: None }, top);
+        while let Some(id) = next {
+            stack.layers.push(id);
+            let look = looks.entry(id).or_insert_with(|| layers.check(id).map_err(|error| error.to_string()));
+            next = look.as_ref().copied().unwrap_or_else(|damage| {
+                stack.damage = Some(damage.clone());
+                None
+            });
+        }
+        stack
+    }
+}
+
+/// The layer below, or what is wrong with this one.
+type Look = Result<Option<LayerId>, String>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::deltafs::layer::RootLook;
+
+    #[test]
+    fn what_may_lie_below_a_damaged_layer_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let make = |layers: &Layers, parent| {
+            layers.create(parent, &"a".parse().unwrap(), None, RootLook::first()).unwrap().record().id
+        };
+        let layers = Layers::open(dir.path()).unwrap();
+        let first = make(&layers, None);
+        let second = make(&layers, Some(first));
+        let third = make(&layers, Some(second));
+        let fourth = make(&layers, None);
+        std::fs::write(layers.path(second).join("layer.json"), "{").unwrap();
+        // Another engine, which has not seen it whole.
+        let layers = Layers::open(dir.path()).unwrap();
+        let mut needed = Needed::default();
+        needed.add(&layers, [third]);
+        let kept: Vec<_> = [first, second, third, fourth].into_iter().filter(|id| needed.may_be(*id)).collect();
+        assert_eq!(kept, [first, second, third]);
+        let stack = Stack::look(&layers, Some(third), &mut BTreeMap::new());
+        assert_eq!(stack.layers, [third, second]);
+        assert!(stack.damage.unwrap().contains("layer 2"));
     }
 }

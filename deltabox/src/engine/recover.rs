@@ -16,7 +16,7 @@ use super::store::{DAMAGED, REMOVING};
 use super::switch::{Purpose, finish};
 use super::tree::Tree;
 use super::{Engine, Error};
-use crate::deltafs::layer::Record;
+use crate::deltafs::layer::{LayerId, Record};
 use crate::deltafs::remove::remove_tree;
 use crate::sandbox::cgroup::{self, Cgroups};
 use crate::sandbox::link::InitLink;
@@ -101,12 +101,14 @@ fn take_up(engine: &Engine, mut manifest: Manifest) -> Result<(), Error> {
             None
         }
     };
-    if let Err(error) = settle(engine, &mut manifest, &tree, life.as_ref()) {
-        tracing::error!(sandbox = %id, %error, "in the middle of a switch; it cannot be finished");
-    }
+    let settled = settle(engine, &mut manifest, &tree, life.as_ref());
     let io = |source| Error::Io { op: "recover", path: listener.clone(), source };
     let mail = Arc::new(Mail::new().map_err(|errno| io(errno.into()))?);
     let mut driver = register(engine, manifest, tree, life, mail);
+    if let Err(error) = settled {
+        tracing::error!(sandbox = %id, %error, "in the middle of a switch; it cannot be finished");
+        driver.set_torn(format!("its move to another root cannot be finished: {error}"));
+    }
     let (engine, name) = (engine.clone(), id.clone());
     let drive = move || {
         driver.hear_the_list(LIST_DEADLINE);
@@ -115,40 +117,49 @@ fn take_up(engine: &Engine, mut manifest: Manifest) -> Result<(), Error> {
     std::thread::Builder::new().name(format!("sb-{id}")).spawn(drive).map(drop).map_err(io)
 }
 
-/// Finishes a switch that the last engine was in the middle of: which layer is the live one, and everybody on it.
+/// Finishes a switch that the last engine was in the middle of: which layer is the live one, and everybody on it. After
+/// an error both layers stay on record.
 fn settle(engine: &Engine, manifest: &mut Manifest, tree: &Tree, life: Option<&Life>) -> Result<(), Error> {
     let io = |source| Error::Io { op: "finish a switch of", path: manifest.cgroups.unified.clone(), source };
-    let next = manifest.next.filter(|next| engine.0.layers.load(*next).is_ok());
+    let load = |id: LayerId| engine.0.layers.load(id).map(|layer| layer.record().clone());
+    let next = manifest.next.and_then(|next| load(next).ok());
+    // A checkpoint's next layer lies above the live one, a rollback's does not.
+    let is_above = next.as_ref().is_some_and(|next| next.parent == Some(manifest.live));
     let live = match life {
         Some(life) => {
             let group = manifest.cgroups.unified.join("live");
-            // A checkpoint's next layer lies above the live one, a rollback's does not.
-            let parent = next.and_then(|next| engine.0.layers.load(next).ok()).and_then(|layer| layer.record().parent);
-            let purpose = if parent == Some(manifest.live) { Purpose::Freeze } else { Purpose::Discard };
+            let purpose = if is_above { Purpose::Freeze } else { Purpose::Discard };
             finish(life.init.pid, &group, purpose, Instant::now() + DEADLINE)
                 .map_err(|error| io(io::Error::other(error)))?;
-            let at = root::upper_of(life.init.pid).map_err(io)?;
-            next.filter(|next| at.parent().and_then(Path::file_name) == Some(next.to_string().as_ref()))
+            let upper = root::upper_of(life.init.pid).map_err(io)?;
+            let layer = upper.parent().and_then(Path::file_name).and_then(|name| name.to_str()?.parse().ok());
+            layer.ok_or_else(|| io(io::Error::other(format!("its root writes to {}, no layer", upper.display()))))?
         }
-        // Nobody runs, so nobody can tell. A checkpoint's next layer lies above the live one: with it nothing is lost.
-        None => {
-            let parent = next.and_then(|next| engine.0.layers.load(next).ok()).and_then(|layer| layer.record().parent);
-            next.filter(|_| parent == Some(manifest.live))
-        }
+        // Nobody runs, so nobody can tell. With the layer above nothing is lost; one that replaced another is taken if
+        // that is gone already.
+        None => next.filter(|_| is_above || load(manifest.live).is_err()).map_or(manifest.live, |next| next.id),
     };
-    if let Some(live) = live {
-        let record = engine.0.layers.load(live).map_err(io)?.record().clone();
-        let head = record.head.and_then(|head| head.parse().ok()).filter(|head| tree.get(*head).is_some());
-        // A rollback comes from its target; a checkpoint that does not exist leaves the head as it was.
-        (manifest.live, manifest.head) = (live, head.or(manifest.head));
-        manifest.epoch += 1;
-    }
+    let mut settled = manifest.clone();
+    (settled.live, settled.next) = (live, None);
     // Numbers are given once: one may have been given, and its manifest not been written.
     let used = tree.iter().map(|one| one.id.0 + 1).max().unwrap_or(1);
-    manifest.next_checkpoint = manifest.next_checkpoint.max(used);
-    if manifest.next.take().is_some() || live.is_some() {
-        manifest.save(engine.0.store.sandbox(&manifest.id).path()).map_err(io)?;
+    settled.next_checkpoint = manifest.next_checkpoint.max(used);
+    if live != manifest.live {
+        // A rollback comes from its target; a checkpoint that does not exist leaves the head as it was.
+        let head = load(live).map_err(io)?.head.and_then(|head| head.parse().ok());
+        settled.head = head.filter(|head| tree.get(*head).is_some()).or(manifest.head);
+        settled.epoch += 1;
+    } else if let Some(last) = tree.iter().find(|one| one.epoch + 1 == manifest.epoch) {
+        // Each checkpoint and rollback raises the epoch before it is done: this checkpoint was the last of them.
+        settled.head = Some(last.id);
     }
+    if settled != *manifest
+        && let Err(error) = settled.save(engine.0.store.sandbox(&manifest.id).path())
+    {
+        // Found again by the next engine, if no checkpoint or rollback writes it before.
+        tracing::error!(sandbox = %manifest.id, %error, "how a switch ended could not be written down yet");
+    }
+    *manifest = settled;
     Ok(())
 }
 

@@ -16,11 +16,13 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 
 use super::Error;
 use crate::deltafs::remove::remove_tree;
+use crate::deltafs::sync::sync_dir;
 use crate::sandbox::SandboxId;
 
 /// An open store.
@@ -41,7 +43,7 @@ impl Store {
         let lock = root.join("lock");
         let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&lock);
         let file = file.map_err(|source| Error::Io { op: "open", path: lock, source })?;
-        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+        let lock = lock_within(file, LOCK_PATIENCE).map_err(|errno| match errno {
             nix::Error::EWOULDBLOCK => Error::Refused {
                 what: format!("open the store {}", root.display()),
                 why: "another deltabox daemon uses it".to_owned(),
@@ -84,6 +86,22 @@ impl Store {
 
     pub(super) fn sandbox(&self, id: &SandboxId) -> SandboxDir {
         SandboxDir(self.sandboxes().join(id.as_str()))
+    }
+}
+
+/// How long a lock may still be held by what a killed daemon has left: a child that is about to close it (chosen).
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+
+/// flock(2) has no deadline, and nothing else tells of its end.
+fn lock_within(mut file: File, patience: Duration) -> nix::Result<Flock<File>> {
+    let end = Instant::now() + patience;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((held, nix::Error::EWOULDBLOCK)) if Instant::now() < end => file = held,
+            Err((_, errno)) => return Err(errno),
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -146,6 +164,13 @@ impl SandboxDir {
         fs::create_dir(&self.0)?;
         fs::create_dir(self.checkpoints())?;
         fs::create_dir(self.logs())
+    }
+
+    /// Writes the manifest and the names of this directory and its own to disk for good.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        File::open(self.0.join("sandbox.json"))?.sync_all()?;
+        sync_dir(&self.0)?;
+        self.0.parent().map_or(Ok(()), sync_dir)
     }
 
     /// Removes everything: first by a rename, so that a crash in between leaves nothing that looks like a sandbox.

@@ -13,7 +13,9 @@ pub const AREA_SLOTS: usize = 0x1000;
 /// Where the signal frame's `ucontext` lies in the area.
 pub const AREA_CONTEXT: usize = 0x1800;
 /// Number of slots, 8 bytes each.
-pub const N_SLOTS: usize = 22;
+pub const N_SLOTS: usize = 23;
+/// Where the calls of a batch lie in the area.
+pub const AREA_CALLS: usize = 0x5000;
 
 /// Slot numbers, in the order in which the code knows them.
 pub mod slot {
@@ -32,6 +34,8 @@ pub mod slot {
         "rsp", "rip", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
         "r15",
     ];
+    /// How many calls are to be made.
+    pub const COUNT: usize = 22;
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -108,10 +112,15 @@ global_asm!(
     ".balign 16",
     "dbx_boot_slots:",
     "dbx_boot_end:",
-    // batch: r12 calls at rbx, 64 bytes each: number, six arguments, result.
+    // batch: the calls, 64 bytes each (number, six arguments, result), says so; the same again if there are new ones, else
+    // goes on. Before the first one r12 counts down, so that a call made twice is never possible.
     ".balign 16",
     "dbx_batch:",
     "dbx_mask 2, dbx_batch+{slots}",
+    "0:",
+    "lea dbx_batch+{calls}(%rip), %rbx",
+    "mov dbx_batch+{slots}+176(%rip), %r12",
+    "movq $0, dbx_batch+{slots}+176(%rip)",
     "1:",
     "test %r12, %r12",
     "jz 2f",
@@ -130,6 +139,8 @@ global_asm!(
     "2:",
     "dbx_mask 1, dbx_batch+{slots}+8",
     "dbx_mask 2, dbx_batch+{slots}",
+    "cmpq $0, dbx_batch+{slots}+176(%rip)",
+    "jne 0b",
     "mov dbx_batch+{slots}+24(%rip), %eax",
     "test %eax, %eax",
     "jnz 3f",
@@ -143,6 +154,7 @@ global_asm!(
     ".popsection",
     len = const AREA_BYTES,
     slots = const AREA_SLOTS,
+    calls = const AREA_CALLS,
     context = const AREA_CONTEXT,
     options(att_syntax)
 );
@@ -161,7 +173,7 @@ pub fn boot() -> &'static [u8] {
     between(&raw const dbx_boot, &raw const dbx_boot_end)
 }
 
-/// Code that makes r12 calls described at rbx. Its slots lie at [`AREA_SLOTS`] from its start.
+/// Code that makes as many calls as a slot says, which lie at [`AREA_CALLS`] from its start, its slots at [`AREA_SLOTS`].
 #[cfg(target_arch = "x86_64")]
 pub fn batch() -> &'static [u8] {
     between(&raw const dbx_batch, &raw const dbx_batch_end)

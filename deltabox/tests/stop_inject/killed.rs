@@ -36,6 +36,17 @@ fn engine_that_will_be_killed() {
     }
 }
 
+/// An engine in a process of its own.
+fn engine(test: &str, target: &Target) -> Command {
+    let mut command = Command::new(std::env::current_exe().expect("own path"));
+    command
+        .args(["--exact", test, "--nocapture"])
+        .env("DELTABOX_TEST_GROUP", &target.group.0)
+        .env("DELTABOX_TEST_PID", target.pid().to_string())
+        .stderr(Stdio::null());
+    command
+}
+
 /// `fresh`: each round begins with a process that has no area yet, so that its making is interrupted too.
 fn survives_engines(name: &str, mode: &str, fresh: bool) {
     let n = if fresh { n_rounds() } else { 2 * n_rounds() };
@@ -48,12 +59,8 @@ fn survives_engines(name: &str, mode: &str, fresh: bool) {
         if fresh {
             target = Target::start(name, mode);
         }
-        let mut engine = Command::new(std::env::current_exe().expect("own path"))
-            .args(["--exact", "killed::engine_that_will_be_killed", "--nocapture"])
-            .env("DELTABOX_TEST_GROUP", &target.group.0)
-            .env("DELTABOX_TEST_PID", target.pid().to_string())
+        let mut engine = engine("killed::engine_that_will_be_killed", &target)
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
             .spawn()
             .expect("start an engine");
         let mut lines = BufReader::new(engine.stdout.take().expect("its output")).lines();
@@ -98,4 +105,84 @@ fn calls_with_timeouts_survive_killed_engines() {
 #[test]
 fn running_code_survives_engines_killed_at_their_first_steps() {
     survives_engines("spins", "", true);
+}
+
+/// The engine fails or is killed at a step of its first stop and hand. The area is there already, unless `fresh`.
+fn goes_on_after(point: &str, action: &str, fresh: bool) {
+    for (name, mode) in [("spins", ""), ("waits", "read"), ("waits", "nanosleep"), ("waits", "cond")] {
+        let mut target = Target::start(name, mode);
+        if !fresh {
+            target.disturb();
+        }
+        let what = format!("{point}:{action} in {name} {mode}, fresh {fresh}");
+        let mut engine = engine("killed::engine_that_will_be_killed", &target);
+        let status = engine.env("DELTABOX_FAULT", format!("{point}:{action}")).stdout(Stdio::null()).status();
+        let status = status.expect("run an engine");
+        let signal = std::os::unix::process::ExitStatusExt::signal(&status);
+        assert_eq!(signal, (action == "kill").then_some(9), "{what}: the engine ended with {status}");
+        assert!(!status.success(), "{what}: nothing happened to the engine");
+        assert!(target.status("TracerPid").ends_with("\t0"), "{what}");
+        // The sleep may be over.
+        if mode != "nanosleep" || target.disturb() {
+            target.byte();
+        }
+        assert_eq!(target.finish(), "ok", "{what}");
+    }
+}
+
+macro_rules! points {
+    ($($test:ident $point:literal $($fresh:literal)+),+ $(,)?) => {
+        $(#[test]
+        fn $test() {
+            for action in ["kill", "error"] {
+                $(goes_on_after($point, action, $fresh);)+
+            }
+        })+
+    };
+}
+
+points! {
+    programs_go_on_without_an_engine_that_has_interrupted_them "stop.interrupted" false,
+    programs_go_on_without_an_engine_that_has_stopped_them "stop.halted" false,
+    programs_go_on_without_an_engine_that_has_written_boot_code "inject.prepared" true,
+    programs_go_on_without_an_engine_that_has_set_registers "inject.registers" true false,
+    programs_go_on_without_an_engine_that_has_blocked_signals "inject.masked" true false,
+    programs_go_on_without_an_engine_that_has_queued_the_marker "inject.queued" true false,
+    programs_go_on_without_an_engine_that_has_let_injected_code_run "inject.resumed" true false,
+    programs_go_on_without_an_engine_that_has_seen_the_marker "inject.marked" true false,
+    programs_go_on_without_an_engine_that_has_recorded_the_area "inject.recorded" true false,
+    programs_go_on_without_an_engine_that_is_about_to_leave "inject.leaving" true false,
+    programs_go_on_without_an_engine_that_has_restored_the_mask "inject.unmasked" true false,
+    programs_go_on_without_an_engine_that_has_restored_registers "inject.left" true false,
+}
+
+/// Not a test: the engine that injects a call which blocks.
+#[test]
+fn engine_that_blocks() {
+    let (Some(group), Ok(pid)) = (std::env::var_os("DELTABOX_TEST_GROUP"), std::env::var("DELTABOX_TEST_PID")) else {
+        return;
+    };
+    let pid: libc::pid_t = pid.parse().expect("a pid");
+    let request =
+        Request { group: Path::new(&group), excluded: &[], deadline: Instant::now() + Duration::from_secs(20) };
+    let _ = while_stopped(request, |stopped| stopped.hand(pid).expect("a hand").call(libc::SYS_pause, [0; 6]));
+}
+
+#[test]
+fn an_orphan_blocked_in_an_injected_call_is_found_at_a_stop_without_a_hand() {
+    let mut target = Target::start("waits", "read");
+    let mut engine =
+        engine("killed::engine_that_blocks", &target).stdout(Stdio::null()).spawn().expect("start an engine");
+    let pause = format!("{} ", libc::SYS_pause);
+    let end = Instant::now() + Duration::from_secs(20);
+    while !std::fs::read_to_string(format!("/proc/{}/syscall", target.pid())).expect("syscall").starts_with(&pause) {
+        assert!(Instant::now() < end, "no injected call");
+        std::thread::yield_now();
+    }
+    engine.kill().expect("kill the engine");
+    engine.wait().expect("reap the engine");
+    let registers = target.group.stopped(|stopped| stopped.processes()[0].threads[0].registers);
+    assert_eq!(registers.orig_rax, libc::SYS_read.cast_unsigned(), "its own call");
+    target.byte();
+    assert_eq!(target.finish(), "ok");
 }

@@ -1,5 +1,6 @@
 //! What benches share: samples with their percentiles, rows against floors, the machine, table and JSON.
 
+pub mod keeper;
 pub mod machine;
 pub mod report;
 

@@ -23,15 +23,15 @@ mod product;
 mod visit;
 
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitCode};
+use std::process::{Command, ExitCode};
 
 use anyhow::Context;
 use clap::Parser;
 use deltabox::sandbox::cgroup::remove_tree;
 use deltabox_tests::Host;
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::Pid;
+use deltabox_tests::bench::keeper::Keeper;
+use nix::sys::signal::Signal;
+use nix::sys::wait::WaitStatus;
 
 /// What a sandbox costs to make, to use and to keep, against the least that the kernel asks for it.
 #[derive(Parser)]
@@ -81,14 +81,9 @@ fn main() -> ExitCode {
     })
 }
 
-/// Signals that end the bench, after it has cleaned up.
-const ENDS: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
-
 fn keep(wanted: &Wanted) -> anyhow::Result<ExitCode> {
     anyhow::ensure!(nix::unistd::geteuid().is_root(), "sandboxes need root; run as root");
-    // Children start with an empty mask again (std's spawn).
-    let watched: SigSet = ENDS.into_iter().chain([Signal::SIGCHLD]).collect();
-    watched.thread_block()?;
+    let looking = Keeper::new()?;
     let mut host = Host::start();
     let keeper = std::process::id();
     let mut command = Command::new("/proc/self/exe");
@@ -98,8 +93,7 @@ fn keep(wanted: &Wanted) -> anyhow::Result<ExitCode> {
     }
     command.arg("measure").arg("--scratch").arg(host.scratch()).arg("--store").arg(host.store());
     command.args(["--daemon", &host.daemon_pid().to_string(), "--keeper", &keeper.to_string()]);
-    let ended =
-        command.envs(host.environment()).spawn().context("start measuring").and_then(|child| wait(child, &watched));
+    let ended = looking.look_after(command.envs(host.environment()));
     if !matches!(ended, Ok(WaitStatus::Exited(_, 0))) {
         // A signal of the terminal has reached the daemon, too; dropping the host starts a fresh one that removes all.
         host.end_daemon(Signal::SIGTERM);
@@ -113,21 +107,6 @@ fn keep(wanted: &Wanted) -> anyhow::Result<ExitCode> {
         other => {
             eprintln!("bench-sandbox: measuring ended early: {other:?}");
             Ok(ExitCode::FAILURE)
-        }
-    }
-}
-
-/// Waits for the child; a signal to us ends it.
-fn wait(child: Child, watched: &SigSet) -> anyhow::Result<WaitStatus> {
-    let pid = Pid::from_raw(i32::try_from(child.id())?);
-    loop {
-        if ENDS.contains(&watched.wait()?) {
-            nix::sys::signal::kill(pid, Signal::SIGKILL)?;
-            return Ok(waitpid(pid, None)?);
-        }
-        match waitpid(pid, Some(WaitPidFlag::WNOHANG))? {
-            WaitStatus::StillAlive => {}
-            status => return Ok(status),
         }
     }
 }

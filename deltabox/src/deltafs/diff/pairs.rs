@@ -12,11 +12,8 @@ use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
 use super::DiffError;
+use crate::deltafs::view::place::MAX_DEEP_BYTES;
 use crate::deltafs::view::{Entry, Node, View};
-
-/// Longer paths are refused. (Chosen: twice PATH_MAX. A program can nest directories without end, and every path of
-/// theirs is kept.)
-const MAX_PATH_BYTES: usize = 8192;
 
 /// One of the two states.
 pub(super) struct Side<'a> {
@@ -38,9 +35,7 @@ impl<'a> Side<'a> {
             for name in view.top_names(&node).map_err(DiffError::at(&path))? {
                 let child = path.join(&name);
                 let found = view.find_in(&node, &name).map_err(DiffError::at(&child))?;
-                if child.as_os_str().len() > MAX_PATH_BYTES {
-                    return Err(DiffError::at(&path)(io::ErrorKind::InvalidFilename.into()));
-                }
+                check_depth(&child)?;
                 if let Some(found) = found.filter(|found| found.is_dir && found.is_touched(&view)) {
                     queue.push((child, found));
                 }
@@ -317,6 +312,7 @@ impl Matching<'_> {
             let Some(node) = self.here.directory(&dir)? else { continue };
             for name in self.here.view.list(&node).map_err(DiffError::at(&dir))? {
                 let path = dir.join(name);
+                check_depth(&path)?;
                 if self.here.directory(&path)?.is_none() {
                     paths.insert(path);
                 } else if self.partner(&path)?.is_none() {
@@ -326,5 +322,12 @@ impl Matching<'_> {
             }
         }
         Ok(())
+    }
+}
+
+fn check_depth(path: &Path) -> Result<(), DiffError> {
+    match path.as_os_str().len() {
+        ..=MAX_DEEP_BYTES => Ok(()),
+        _ => Err(DiffError::at(path.parent().unwrap_or(path))(io::ErrorKind::InvalidFilename.into())),
     }
 }

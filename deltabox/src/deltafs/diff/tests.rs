@@ -335,6 +335,28 @@ fn the_base_is_not_walked() {
 }
 
 #[test]
+fn nesting_without_end_is_refused() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (layer, base) = (scratch.path().join("layer"), scratch.path().join("base"));
+    fs::create_dir(&base).unwrap();
+    fs::create_dir(&layer).unwrap();
+    // From the inside out: what is there so far moves into a new directory.
+    for _ in 0..5000 {
+        fs::create_dir(layer.join("n")).unwrap();
+        if layer.join("d").exists() {
+            fs::rename(layer.join("d"), layer.join("n/d")).unwrap();
+        }
+        fs::rename(layer.join("n"), layer.join("d")).unwrap();
+    }
+    let opened = Opened::new(&[layer.clone(), base]);
+    let fds = opened.fds();
+    let stacks = Stacks { from: &[], to: &fds[..1], common: &fds[1..] };
+    let error = diff(&stacks, Options::default()).unwrap_err();
+    assert_eq!(error.source.kind(), std::io::ErrorKind::InvalidFilename);
+    crate::deltafs::remove::remove_tree(&layer).unwrap();
+}
+
+#[test]
 fn a_live_layer_is_read_while_programs_write_to_it() {
     if skipped_without_root() {
         return;

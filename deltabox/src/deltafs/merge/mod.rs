@@ -33,11 +33,9 @@ use nix::sys::stat::{Mode, SFlag, mkdirat, mknodat};
 
 use self::copy::Copier;
 use super::origins::Origins;
+use super::view::place::MAX_DEEP_BYTES;
 use super::view::{Node, Part, View, place};
 use crate::sys::fs::set_xattr;
-
-/// Longer paths are refused. (Chosen: twice PATH_MAX; all paths of directories are kept until the end.)
-const MAX_PATH_BYTES: usize = 8192;
 
 /// What was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -62,7 +60,7 @@ pub enum MergeError {
         path: PathBuf,
     },
     /// A directory lies too deep.
-    #[error("a path of more than {MAX_PATH_BYTES} bytes")]
+    #[error("a path of more than {MAX_DEEP_BYTES} bytes")]
     TooDeep,
     /// A file operation.
     #[error("{op} /{path}: {source}", path = path.display())]
@@ -136,7 +134,7 @@ impl Merging<'_> {
         let mut subdirs = Vec::new();
         for name in self.view.top_names(node).map_err(failed("list", path))? {
             let child = path.join(&name);
-            if child.as_os_str().len() > MAX_PATH_BYTES {
+            if child.as_os_str().len() > MAX_DEEP_BYTES {
                 return Err(MergeError::TooDeep);
             }
             match self.view.find_in(node, &name).map_err(failed("read", &child))? {

@@ -28,6 +28,9 @@ pub(in crate::deltafs) const WHITEOUT: &CStr = c"trusted.overlay.whiteout";
 /// Overlayfs's attribute of a copied-up file: the handle of what it was copied from.
 pub(in crate::deltafs) const ORIGIN: &CStr = c"trusted.overlay.origin";
 
+/// Longer paths are not gone into by those who keep the paths of all directories. (Chosen: twice PATH_MAX. A program can
+/// nest directories without end.)
+pub(in crate::deltafs) const MAX_DEEP_BYTES: usize = 8192;
 /// Path bytes that are given to the kernel at once. (Chosen: below PATH_MAX of 4096; programs can nest deeper.)
 const MAX_PATH_BYTES: usize = 3000;
 

@@ -15,7 +15,6 @@ use std::time::{Duration, Instant};
 
 use super::{Driver, io_error};
 use crate::deltafs::layer::{LayerId, LiveLayer, RootLook};
-use crate::deltafs::sync::sync_tree;
 use crate::engine::api::{CheckpointReport, CheckpointRequest, PhaseTime, RollbackReport, RollbackRequest};
 use crate::engine::footing::Footing;
 use crate::engine::manifest::Manifest;
@@ -56,10 +55,10 @@ impl Driver {
         self.load_ground()?;
         let Self { engine, dir, manifest, live, footing, .. } = self;
         let (Some(live), Some(footing)) = (live.as_ref(), footing.as_ref()) else { return Err(Error::ShuttingDown) };
-        let (id, top) = (CheckpointId(manifest.next_checkpoint), live.record().id);
-        let below = engine.0.layers.chain(Some(top)).map_err(damaged)?;
+        let id = CheckpointId(manifest.next_checkpoint);
+        let below = engine.0.layers.known_chain(live.record().id).map_err(damaged)?;
         let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: id };
-        let mut armed = None;
+        let (mut armed, mut frozen_look) = (None, None);
         if !live.is_unchanged().map_err(io_error("look at the live layer of", dir))? {
             armed = Some(arm.arm(live.root_look().map_err(io_error("look at the root of", dir))?)?);
         }
@@ -76,18 +75,21 @@ impl Driver {
             if RootLook::of(next.mount.as_fd())? != look {
                 look.apply(next.mount.as_fd())?;
             }
+            frozen_look = Some(look);
             next.mount.try_clone().map(Some)
         };
         let switched = switch(&ground, Purpose::Freeze, next, span);
         let switched = self.after_switch(switched, armed.map(|armed| armed.layer), "checkpoint")?;
         let (frozen, measured, old) = measured_of(switched);
-        let record = |live: &LiveLayer| live.record().clone();
-        let Some(now) = self.live.as_ref().map(record) else { return Err(Error::ShuttingDown) };
-        let root = now.root.clone();
+        let Some(live) = self.live.as_mut() else { return Err(Error::ShuttingDown) };
+        if let Some(look) = frozen_look.filter(|_| frozen) {
+            live.set_first_look(look);
+        }
+        let (top, root) = (live.record().parent, live.record().root.clone());
         let (parent, epoch) = (self.manifest.head, self.manifest.epoch);
         let durable = request.durable;
         let mut checkpoint =
-            Checkpoint::new(id, request.name.clone(), parent, epoch, unix_ms(), now.parent, root, frozen, durable);
+            Checkpoint::new(id, request.name.clone(), parent, epoch, unix_ms(), top, root, frozen, durable);
         let made = self.record_checkpoint(&mut checkpoint, measured, span);
         // Whatever failed: the programs are where they are.
         match made {
@@ -108,31 +110,21 @@ impl Driver {
     ) -> Result<(), Error> {
         self.manifest.next_checkpoint += 1;
         self.manifest.epoch += 1;
-        self.manifest.head = Some(checkpoint.id);
-        let before = checkpoint.parent;
-        let saved = self.save().and_then(|()| {
-            if checkpoint.durable {
-                self.sync(checkpoint.top)?;
-                span.end_of(Phase::Sync);
-            }
-            Ok(())
-        });
-        let added = saved.and_then(|()| {
-            checkpoint.set_measured(Measured {
-                stopped_us: us(span.stopped()),
-                total_us: us(span.total()),
-                phases_us: phases(span),
-                ..measured
-            });
-            Arc::make_mut(&mut self.tree)
-                .add(checkpoint.clone())
-                .map_err(io_error("write the checkpoint in", &self.dir))
-        });
-        if let Err(error) = added {
-            // It does not exist, so nothing comes from it.
-            self.manifest.head = before;
-            return Err(error);
+        self.save()?;
+        if checkpoint.durable {
+            self.sync(checkpoint.top)?;
+            span.end_of(Phase::Sync);
         }
+        checkpoint.set_measured(Measured {
+            stopped_us: us(span.stopped()),
+            total_us: us(span.total()),
+            phases_us: phases(span),
+            ..measured
+        });
+        let added = Arc::make_mut(&mut self.tree).add(checkpoint.clone());
+        added.map_err(io_error("write the checkpoint in", &self.dir))?;
+        // On disk from the next change of sandbox.json on; until then the epoch tells (`engine/recover.rs`).
+        self.manifest.head = Some(checkpoint.id);
         span.end_of(Phase::Manifest);
         checkpoint.total_us = us(span.total());
         checkpoint.phases_us = phases(span);
@@ -165,7 +157,11 @@ impl Driver {
         let (_, measured, old) = measured_of(switched);
         self.manifest.head = Some(target.id);
         self.manifest.epoch += 1;
-        self.save()?;
+        if let Err(error) = self.save() {
+            // It has taken place. Whoever reads the old sandbox.json finds the new layer at init's root, or as the only
+            // one that is left.
+            tracing::error!(sandbox = %self.manifest.id, %error, "rolled back, but that could not be written down yet");
+        }
         span.end_of(Phase::Manifest);
         self.book.record(self.manifest.id.as_str(), span);
         let report = RollbackReport {
@@ -185,7 +181,7 @@ impl Driver {
         let target = self.tree.find(&self.manifest.id, text)?.clone();
         if self.manifest.head == Some(target.id) {
             self.manifest.head = target.parent;
-            self.save()?;
+            self.save().inspect_err(|_| self.manifest.head = Some(target.id))?;
         }
         let removed = Arc::make_mut(&mut self.tree).remove(target.id);
         self.show();
@@ -256,16 +252,20 @@ impl Driver {
         next: Option<LiveLayer>,
         what: &str,
     ) -> Result<Switched, Error> {
-        let moved = matches!(switched, Ok(Switched::Moved { .. }) | Err(SwitchError::Lost { .. }));
-        let (taken, left) = if moved { (next, None) } else { (None, next) };
-        if let Some(layer) = taken {
-            self.manifest.live = layer.record().id;
-            self.live = Some(layer);
-        }
-        self.manifest.next = None;
-        if let Some(layer) = left.map(|layer| layer.record().id) {
-            let engine = self.engine.clone();
-            self.engine.0.janitor.take(move || drop(engine.0.layers.remove(layer)));
+        match (&switched, next) {
+            (Ok(Switched::Moved { .. }), Some(layer)) => {
+                (self.manifest.live, self.manifest.next) = (layer.record().id, None);
+                self.live = Some(layer);
+            }
+            // Both layers are in use: both stay named.
+            (Err(SwitchError::Lost { .. }), _) => {}
+            (_, next) => {
+                self.manifest.next = None;
+                if let Some(layer) = next.map(|layer| layer.record().id) {
+                    let engine = self.engine.clone();
+                    self.engine.0.janitor.take(move || drop(engine.0.layers.remove(layer)));
+                }
+            }
         }
         self.show();
         let id = self.manifest.id.clone();
@@ -281,9 +281,11 @@ impl Driver {
         })
     }
 
+    /// After a switch.
     fn save(&self) -> Result<(), Error> {
         self.show();
-        self.manifest.save(self.dir.path()).map_err(io_error("write the manifest in", &self.dir))
+        let saved = crate::fault::point("checkpoints.moved").and_then(|()| self.manifest.save(self.dir.path()));
+        saved.map_err(io_error("write the manifest in", &self.dir))
     }
 
     /// Writes the layers of a chain to disk, down to one that a durable checkpoint has written already.
@@ -291,17 +293,11 @@ impl Driver {
         let layers = &self.engine.0.layers;
         let is_written = |id: &LayerId| self.tree.iter().any(|one| one.durable && one.top == Some(*id));
         for id in layers.chain(top).map_err(damaged)?.into_iter().take_while(|id| !is_written(id)) {
-            let path = layers.path(id);
-            sync_tree(&path).map_err(|source| Error::Io { op: "write to disk", path, source })?;
+            let written = crate::fault::point("checkpoints.sync").and_then(|()| layers.sync(id));
+            written.map_err(|source| Error::Io { op: "write to disk", path: layers.path(id), source })?;
         }
-        sync_tree_root(self.dir.path()).map_err(io_error("write to disk", &self.dir))
+        self.dir.sync().map_err(io_error("write to disk", &self.dir))
     }
-}
-
-/// The manifest itself and the directory it is in.
-fn sync_tree_root(dir: &std::path::Path) -> io::Result<()> {
-    std::fs::File::open(dir.join("sandbox.json"))?.sync_all()?;
-    std::fs::File::open(dir)?.sync_all()
 }
 
 /// What making the next layer takes.
