@@ -8,6 +8,7 @@
 mod attach;
 mod checkpoint;
 mod create;
+mod diff;
 mod doctor;
 mod exec;
 mod gc;
@@ -84,6 +85,7 @@ enum Command {
     Checkpoint(checkpoint::Args),
     Rollback(rollback::Args),
     Tree(tree::Args),
+    Diff(diff::Args),
     Gc(gc::Args),
     Image(image::Args),
     Serve(serve::Args),
@@ -169,6 +171,7 @@ pub fn main() -> ExitCode {
         Command::Checkpoint(args) => checkpoint::run(args, &context),
         Command::Rollback(args) => rollback::run(args, &context),
         Command::Tree(args) => tree::run(args, &context),
+        Command::Diff(args) => diff::run(args, &context),
         Command::Gc(args) => gc::run(&args, &context),
         Command::Image(args) => image::run(args, &context),
         Command::Serve(args) => serve::run(args, &context),

@@ -64,6 +64,11 @@ pub(super) fn parse_target(text: &str) -> Result<Target, String> {
     Ok(Target { sandbox, checkpoint })
 }
 
+/// The id or name of a checkpoint.
+pub(super) fn parse_checkpoint(text: &str) -> Result<String, String> {
+    parse_name(text).map_err(|error| error.to_string())
+}
+
 /// A path, made absolute: the daemon has another working directory.
 pub(super) fn parse_path(text: &str) -> Result<PathBuf, String> {
     std::path::absolute(text).map_err(|error| error.to_string())

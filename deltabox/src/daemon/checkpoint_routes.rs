@@ -1,7 +1,8 @@
 //! The routes of checkpoints.
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -11,7 +12,8 @@ use super::routes::{Answer, sandbox_id};
 use super::server::Daemon;
 use super::types::ErrorBody;
 use crate::engine::{
-    CheckpointReport, CheckpointRequest, DiskReport, GcReport, RollbackReport, RollbackRequest, TreeReport,
+    CheckpointReport, CheckpointRequest, DiffReport, DiffRequest, DiskReport, GcReport, RollbackReport,
+    RollbackRequest, TreeReport,
 };
 
 pub(super) fn router() -> OpenApiRouter<Daemon> {
@@ -20,6 +22,7 @@ pub(super) fn router() -> OpenApiRouter<Daemon> {
         .routes(routes!(remove))
         .routes(routes!(rollback))
         .routes(routes!(disk))
+        .routes(routes!(diff))
         .routes(routes!(gc))
 }
 
@@ -73,6 +76,22 @@ async fn rollback(
 async fn disk(State(daemon): State<Daemon>, Path(id): Path<String>) -> Answer<DiskReport> {
     let (engine, id) = (daemon.engine()?, sandbox_id(&id)?);
     Ok(Json(block(move || engine.disk(&id)).await?))
+}
+
+/// What differs between two states of a sandbox's files. Answers when all of it is compared.
+#[utoipa::path(get, path = "/v1/sandboxes/{id}/diff", params(DiffRequest),
+    responses((status = 200, body = DiffReport), (status = "default", body = ErrorBody)))]
+async fn diff(
+    State(daemon): State<Daemon>,
+    Path(id): Path<String>,
+    query: Result<Query<DiffRequest>, QueryRejection>,
+) -> Answer<DiffReport> {
+    let Query(request) = query.map_err(|rejection| {
+        let hint = "use ?from=CHECKPOINT&to=CHECKPOINT&patch=true&contents=true, each of which may be left out";
+        Refusal::new(StatusCode::BAD_REQUEST, "invalid", rejection.body_text(), hint)
+    })?;
+    let (engine, id) = (daemon.engine()?, sandbox_id(&id)?);
+    Ok(Json(block(move || engine.diff(&id, &request)).await?))
 }
 
 /// Removes all layers that nobody needs.

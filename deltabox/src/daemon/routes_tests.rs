@@ -26,6 +26,7 @@ const ROUTES: &[(&str, &str)] = &[
     ("DELETE", "/v1/sandboxes/{id}/checkpoints/{checkpoint}"),
     ("POST", "/v1/sandboxes/{id}/rollback"),
     ("GET", "/v1/sandboxes/{id}/disk"),
+    ("GET", "/v1/sandboxes/{id}/diff"),
     ("POST", "/v1/gc"),
     ("GET", "/v1/stats"),
     ("GET", "/v1/sandboxes/{id}/execs"),
@@ -145,6 +146,15 @@ fn a_bad_name_in_a_path_is_an_unknown_sandbox() {
         assert!(matches!(sandbox_id(bad), Err(Error::NoSandbox { .. })));
     }
     assert!(pid_inside("12").is_ok() && pid_inside("-1").is_err() && pid_inside("x").is_err());
+}
+
+#[tokio::test]
+async fn a_diff_with_a_bad_query_says_what_to_write() {
+    let table = [("patch=maybe", 400, "invalid"), ("patch=true&from=c1", 500, "shutting_down")];
+    for (query, status, word) in table {
+        let (got, answer) = send(request("GET", &format!("/v1/sandboxes/a/diff?{query}"), "")).await;
+        assert_eq!((got, code(&answer)), (status, word), "{query}");
+    }
 }
 
 #[tokio::test]

@@ -4,9 +4,10 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
 use super::Error;
+use crate::deltafs::diff::Change;
 use crate::sandbox::{SandboxId, SandboxSpec};
 
 /// Where an answer goes. Called exactly once, from whichever engine thread has it; must not block.
@@ -190,6 +191,36 @@ pub struct DiskReport {
     pub shared_bytes: u64,
     /// Layers under the live one.
     pub n_layers: usize,
+}
+
+/// What `diff` takes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct DiffRequest {
+    /// The older state: a checkpoint by id or name; when absent the one that the sandbox's state comes from, or, without
+    /// one, its state when it was created.
+    pub from: Option<String>,
+    /// The newer state: a checkpoint by id or name; when absent the live state.
+    pub to: Option<String>,
+    /// Also unified diffs of text files.
+    #[serde(default)]
+    pub patch: bool,
+    /// Also each entry that was in a deleted directory.
+    #[serde(default)]
+    pub contents: bool,
+}
+
+/// What differs between two states of a sandbox's files.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DiffReport {
+    /// Whose.
+    pub sandbox: SandboxId,
+    /// The older state's checkpoint; none: as it was created.
+    pub from: Option<String>,
+    /// The newer state's checkpoint; none: the live state, which is read while programs may write to it.
+    pub to: Option<String>,
+    /// By path.
+    pub changes: Vec<Change>,
 }
 
 /// What `gc` did.

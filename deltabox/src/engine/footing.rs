@@ -1,7 +1,7 @@
 //! What a sandbox's layers lie on: the skeleton and its base. And the mount of a whole stack.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -70,13 +70,18 @@ impl Footing {
         self.host.iter().flat_map(|host| &host.binds).map(clone).collect()
     }
 
+    /// What all layers lie on, the topmost first.
+    pub(super) fn lowers<'a>(&'a self, engine: &'a Engine) -> [BorrowedFd<'a>; 2] {
+        [engine.0.fixtures.skeleton().as_fd(), self.tree.as_fd()]
+    }
+
     /// Mounts a stack, detached: `live` over `frozen` (the topmost first) over the skeleton and the base.
     pub(super) fn mount(&self, engine: &Engine, frozen: &[LayerId], live: &LiveLayer) -> io::Result<OwnedFd> {
         let damaged = |id| move |source| io::Error::other(ChainError { id, source });
         let open = |id: &LayerId| open_dir(&engine.0.layers.upper(*id)).map_err(damaged(*id));
         let frozen = frozen.iter().map(open).collect::<io::Result<Vec<_>>>()?;
         let mut lowers: Vec<_> = frozen.iter().map(AsFd::as_fd).collect();
-        lowers.extend([engine.0.fixtures.skeleton().as_fd(), self.tree.as_fd()]);
+        lowers.extend(self.lowers(engine));
         overlay::mount_stack(&lowers, Some(live.top())).map_err(io::Error::other)
     }
 }

@@ -7,6 +7,7 @@ mod api;
 mod bases;
 mod command;
 mod create;
+mod diff;
 mod driver;
 mod error;
 mod footing;
@@ -24,9 +25,10 @@ mod switch;
 mod tree;
 
 pub use api::{
-    Attachment, BaseReport, CheckpointReport, CheckpointRequest, CreateRequest, DiskReport, ExecReport, ExecRequest,
-    Exit, GcReport, LogReport, OnDisconnect, PhaseTime, ProcessReport, Reply, RollbackReport, RollbackRequest,
-    SandboxReport, SandboxState, StdinEnd, StdinHold, Stdio, Streams, TreeNode, TreeReport, WindowSize,
+    Attachment, BaseReport, CheckpointReport, CheckpointRequest, CreateRequest, DiffReport, DiffRequest, DiskReport,
+    ExecReport, ExecRequest, Exit, GcReport, LogReport, OnDisconnect, PhaseTime, ProcessReport, Reply, RollbackReport,
+    RollbackRequest, SandboxReport, SandboxState, StdinEnd, StdinHold, Stdio, Streams, TreeNode, TreeReport,
+    WindowSize,
 };
 pub use error::{Error, Kind};
 
