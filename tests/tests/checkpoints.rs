@@ -243,6 +243,7 @@ fn an_engine_that_dies_inside_an_injection_is_followed_by_one_that_finishes_or_u
 }
 
 /// With a checkpoint before, or in processes in which the engine has never been.
+#[expect(clippy::print_stdout, reason = "the last one printed is the one that failed")]
 fn dies_at_each_of(steps: &[&str], with_first: bool) {
     if skipped_without_root() {
         return;

@@ -7,7 +7,7 @@ use nix::sys::signal::{SigEvent, SigSet, SigevNotify, Signal};
 use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
 use nix::time::ClockId;
 
-use crate::sys::process::handle_by_interruption;
+use crate::sys::ptrace::handle_by_interruption;
 
 /// The library's signal for this; a program that embeds the engine must leave it to it.
 const INTERRUPTION: Signal = Signal::SIGVTALRM;

@@ -12,13 +12,15 @@ use super::error::{StopError, StopRefusal};
 use super::stop::{Process, Request, Stopped, Thread};
 use super::waits::Waits;
 use super::{tasks, timeouts};
-use crate::sys::ptrace::{get_signal_mask, resume, wait_thread};
+use crate::sys::ptrace::{get_signal_mask, reap_if_ended, resume, wait_thread};
 
 /// After so long a thread that has not stopped is looked at (chosen: stops take 10 to 200 us; too short a time
 /// only costs a look).
 pub(super) const PATIENCE: Duration = Duration::from_millis(2);
 /// How often it is looked at again, and the deadline (chosen).
 pub(super) const TICK: Duration = Duration::from_millis(1);
+/// So often a thread may turn out to be another one before it is seized (chosen).
+const SEIZE_ATTEMPTS: usize = 20;
 /// How long, after a refusal, threads that can halt may take to do so (chosen: they need their turn on a CPU).
 const CALM: Duration = Duration::from_millis(200);
 
@@ -37,7 +39,7 @@ pub(super) fn settle(stopped: &mut Stopped, request: Request<'_>) -> Result<(), 
     let mut n_clean_scans = 0;
     let mut late = false;
     loop {
-        let n_new = seize_new(stopped, &procs, request.excluded)?;
+        let n_new = seize_new(stopped, &procs, &request)?;
         if n_new > 0 {
             n_clean_scans = 0;
             // After the deadline nothing new is begun, but what was interrupted is waited for: it can be let go then.
@@ -82,11 +84,11 @@ fn seize_released(stopped: &mut Stopped) {
 }
 
 /// Seizes and interrupts what is not seized yet; how many threads that were.
-fn seize_new(stopped: &mut Stopped, procs: &Path, excluded: &[pid_t]) -> Result<usize, StopError> {
+fn seize_new(stopped: &mut Stopped, procs: &Path, request: &Request<'_>) -> Result<usize, StopError> {
     let group = |source| StopError::Group { op: "read", path: PathBuf::from(procs), source };
     let mut n_new = 0;
     for pid in tasks::scan_group(procs).map_err(group)? {
-        if excluded.contains(&pid) {
+        if request.excluded.contains(&pid) {
             continue;
         }
         let tids = tasks::scan_threads(pid).map_err(|source| StopError::Thread {
@@ -103,7 +105,9 @@ fn seize_new(stopped: &mut Stopped, procs: &Path, excluded: &[pid_t]) -> Result<
             }
         };
         for tid in tids {
-            if stopped.processes[at].threads.iter().any(|thread| thread.tid == tid) || !seize(pid, tid)? {
+            if stopped.processes[at].threads.iter().any(|thread| thread.tid == tid)
+                || !seize(pid, tid, request.deadline)?
+            {
                 continue;
             }
             let registers = super::frame::zero_registers();
@@ -118,34 +122,42 @@ fn seize_new(stopped: &mut Stopped, procs: &Path, excluded: &[pid_t]) -> Result<
 /// Seizes and interrupts one thread; `false` if there is nothing to stop (it is dead).
 ///
 /// Without PTRACE_O_SUSPEND_SECCOMP: the thread still runs, and would run unfiltered until it stops. The hand sets it.
-fn seize(pid: pid_t, tid: pid_t) -> Result<bool, StopError> {
+fn seize(pid: pid_t, tid: pid_t, deadline: Instant) -> Result<bool, StopError> {
     let failed = |op: &'static str| move |source: io::Error| StopError::Thread { op, pid, tid, source };
-    match ptrace::seize(Pid::from_raw(tid), ptrace::Options::empty()) {
-        Ok(()) => {}
-        Err(nix::Error::ESRCH) => return Ok(false),
-        Err(nix::Error::EPERM) => {
-            let stat = tasks::read_stat(pid, tid).map_err(failed("read the state of"))?;
-            if stat.is_none_or(|stat| matches!(stat.state, 'Z' | 'X')) {
-                return Ok(false);
+    let mut n_attempts = 0;
+    while n_attempts < SEIZE_ATTEMPTS {
+        match ptrace::seize(Pid::from_raw(tid), ptrace::Options::empty()) {
+            Ok(()) => return interrupt(pid, tid),
+            Err(nix::Error::ESRCH) => return Ok(false),
+            Err(nix::Error::EPERM) => n_attempts += 1,
+            // It waits for an exec in this process, and that for the end of its threads: of ours too, which are to be
+            // reaped. Threads that someone else traces may never be.
+            Err(nix::Error::EINTR) => {
+                if Instant::now() >= deadline {
+                    return Err(refuse(pid, tid).into());
+                }
+                reap_ended(pid);
+                continue;
             }
-            let Some(tracer) = tasks::read_tracer(pid, tid).map_err(failed("read the tracer of"))? else {
-                return Ok(false);
-            };
-            if tracer == 0 {
-                // Its tracer let go in between, or we lack the right.
-                return match ptrace::seize(Pid::from_raw(tid), ptrace::Options::empty()) {
-                    Ok(()) => interrupt(pid, tid),
-                    Err(error) => Err(failed("seize")(error.into())),
-                };
-            }
-            if tracer != nix::unistd::gettid().as_raw() && tracer != nix::unistd::getpid().as_raw() {
-                return Err(StopRefusal::TracedInside { pid, tracer }.into());
-            }
-            // Ours under another name: it took over the leader's at an exec.
+            Err(error) => return Err(failed("seize")(error.into())),
         }
-        Err(error) => return Err(failed("seize")(error.into())),
+        let stat = tasks::read_stat(pid, tid).map_err(failed("read the state of"))?;
+        if stat.is_none_or(|stat| matches!(stat.state, 'Z' | 'X')) {
+            return Ok(false);
+        }
+        match tasks::read_tracer(pid, tid).map_err(failed("read the tracer of"))? {
+            None => return Ok(false),
+            // Its tracer let go in between, or it was a leader about to end for another thread's exec.
+            Some(0) => std::thread::yield_now(),
+            // Ours under another name: it took over the leader's at an exec.
+            Some(tracer) if tracer == nix::unistd::gettid().as_raw() || tracer == nix::unistd::getpid().as_raw() => {
+                return interrupt(pid, tid);
+            }
+            Some(tracer) => return Err(StopRefusal::TracedInside { pid, tracer }.into()),
+        }
     }
-    interrupt(pid, tid)
+    // We lack the right.
+    Err(failed("seize")(nix::Error::EPERM.into()))
 }
 
 pub(super) fn interrupt(pid: pid_t, tid: pid_t) -> Result<bool, StopError> {
@@ -227,13 +239,19 @@ pub(super) fn wait_halt(pid: pid_t, tid: pid_t, deadline: Instant) -> Result<Hal
             Ok(Some(status)) => status,
             Ok(None) => continue,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {
+                // An exec waits for the end of all other threads, those that are waited for later too.
+                reap_ended(pid);
                 let state = tasks::read_stat(pid, tid).map_err(failed("read the state of"))?.map(|stat| stat.state);
                 match state {
                     // A leader that ended before its threads is not reported until they end.
                     None | Some('Z' | 'X') => return Ok(Halt::Ended),
                     Some('D') => return Ok(Halt::Stuck),
                     Some(_) if Instant::now() >= deadline => return Err(refuse(pid, tid).into()),
-                    Some(_) => continue,
+                    // It may have become another one, by an exec.
+                    Some(_) => match interrupt(pid, tid)? {
+                        true => continue,
+                        false => return Ok(Halt::Ended),
+                    },
                 }
             }
             Err(error) if error.raw_os_error() == Some(libc::ECHILD) => return Ok(Halt::Ended),
@@ -255,6 +273,14 @@ pub(super) fn wait_halt(pid: pid_t, tid: pid_t, deadline: Instant) -> Result<Hal
                 }
             }
         }
+    }
+}
+
+/// Reaps the threads of a process that have ended and are ours: an exec waits for that, whichever of them is waited for.
+fn reap_ended(pid: pid_t) {
+    // A process that cannot be looked at is gone.
+    for tid in tasks::scan_threads(pid).unwrap_or_default() {
+        reap_if_ended(tid);
     }
 }
 

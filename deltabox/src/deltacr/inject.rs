@@ -88,9 +88,15 @@ impl<'a> Hand<'a> {
             Some(known) => known,
             None => {
                 let file = tasks::open_stat(pid, tid).map_err(failed("read the state of"))?;
-                let place = Place::find(pid, tid, &memory)
-                    .map_err(failed("read the vdso of"))?
-                    .ok_or(InjectRefusal::NoPlace { pid })?;
+                let Some(place) = Place::find(pid, tid, &memory).map_err(failed("read the vdso of"))? else {
+                    let stat = tasks::reread_stat(&file).map_err(failed("read the state of"))?;
+                    let lives = stat.is_some_and(|stat| !matches!(stat.state, 'Z' | 'X'));
+                    return Err(if lives {
+                        InjectRefusal::NoPlace { pid }.into()
+                    } else {
+                        InjectError::Gone { pid, tid }
+                    });
+                };
                 let area = place.recorded(&memory).map_err(failed("read the vdso of"))?;
                 stopped.finish_orphans(pid, |rip| place.is_injected(area, rip)).map_err(InjectError::Orphan)?;
                 // An orphan in boot code has unmapped what it made.

@@ -35,6 +35,7 @@ use super::manifest::Manifest;
 use super::store::SandboxDir;
 use super::tree::Tree;
 use super::{Engine, Error, ready};
+use crate::deltacr::stop::Tracer;
 use crate::deltafs::layer::{LayerId, LiveLayer};
 use crate::latency::{Book, Phase, Span};
 use crate::sandbox::link::InitLink;
@@ -115,6 +116,7 @@ pub(super) struct Driver {
     footing: Option<Footing>,
     /// Why its processes are on different roots.
     torn: Option<String>,
+    tracer: Tracer,
     dir: SandboxDir,
     mail: Arc<Mail>,
     shown: Arc<Mutex<Shown>>,
@@ -147,6 +149,7 @@ impl Driver {
             live: None,
             footing: None,
             torn: None,
+            tracer: Tracer::new(),
             manifest,
             dir,
             mail,

@@ -195,7 +195,10 @@ impl Error {
             Self::NoSandbox { .. } => "`deltabox ls` shows the sandboxes".to_owned(),
             Self::NoExec { .. } => "`deltabox inspect SANDBOX` shows its commands".to_owned(),
             Self::NoCheckpoint { .. } => "`deltabox tree SANDBOX` shows its checkpoints".to_owned(),
-            Self::Torn { .. } => "its checkpoints are whole; end it with `deltabox kill` or `deltabox rm`".to_owned(),
+            Self::Torn { .. } => {
+                "its checkpoints are whole; a daemon that is started again tries to mend it, `deltabox rm` ends it"
+                    .to_owned()
+            }
             Self::NoBase { .. } => "`deltabox image ls` shows the images".to_owned(),
             Self::Exists { what, .. } => format!("choose another name, or remove that {what} first"),
             Self::Dead { .. } => "its files are still there; `deltabox rm` removes it".to_owned(),

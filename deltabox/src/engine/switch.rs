@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use libc::pid_t;
 
 use crate::deltacr::rebase::{Missing, Plan, RebaseError};
-use crate::deltacr::stop::{Request, Stopped, while_stopped};
+use crate::deltacr::stop::{Request, Stopped, Tracer, while_stopped};
 use crate::deltacr::{InjectError, StopError};
 use crate::latency::{Phase, Span};
 use crate::sandbox::root::{Namespace, Root};
@@ -90,6 +90,7 @@ pub(super) enum SwitchError {
 /// while the programs stand still, and again if they have to be let go for a moment (a connection that waits to be
 /// accepted). Ends the phases from `Arm` to `Resume`; a repeated attempt counts its time from its own stop on.
 pub(super) fn switch(
+    tracer: &mut Tracer,
     ground: &Ground<'_>,
     purpose: Purpose,
     mut next: impl FnMut() -> io::Result<Option<OwnedFd>> + Send,
@@ -109,7 +110,7 @@ pub(super) fn switch(
         // The last attempt too has time to stop them.
         let deadline = ground.deadline.max(Instant::now() + STOP_AT_LEAST);
         let request = Request { group: ground.group, excluded: &[ground.init], deadline };
-        let attempt = while_stopped(request, |stopped| {
+        let attempt = tracer.while_stopped(request, |stopped| {
             span.end_of(Phase::Stop);
             move_all(stopped, &namespace, &from, purpose, &mut next, span)
         });

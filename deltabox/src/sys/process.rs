@@ -327,13 +327,3 @@ pub fn start_in_new_session(command: &mut std::process::Command) {
     // (`last_os_error` only reads errno).
     unsafe { command.pre_exec(setsid) };
 }
-
-/// Gives `signal` a handler that does nothing, so that it interrupts a blocking call of the thread it is sent to.
-pub fn handle_by_interruption(signal: nix::sys::signal::Signal) -> io::Result<()> {
-    use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, sigaction};
-    extern "C" fn nothing(_: libc::c_int) {}
-    let action = SigAction::new(SigHandler::Handler(nothing), SaFlags::empty(), SigSet::empty());
-    // SAFETY: the handler does nothing, so it can interrupt anything.
-    unsafe { sigaction(signal, &action) }?;
-    Ok(())
-}

@@ -122,3 +122,53 @@ pub fn queue_signal(process: libc::pid_t, thread: libc::pid_t, signal: libc::c_i
     // SAFETY: `info` is a whole siginfo_t.
     check(unsafe { libc::syscall(libc::SYS_rt_tgsigqueueinfo, process, thread, signal, &raw const info) }).map(drop)
 }
+
+/// Gives `signal` a handler that only interrupts a blocking call of the thread it is sent to. PTRACE_SEIZE too fails with
+/// EINTR then, which the kernel would make again for ever (ERESTARTNOINTR) while the thread to be seized belongs to a
+/// process that executes a program and waits for the end of threads that are traced.
+#[cfg(target_arch = "x86_64")]
+pub fn handle_by_interruption(signal: nix::sys::signal::Signal) -> io::Result<()> {
+    use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, sigaction};
+    extern "C" fn interrupt(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
+        const SYSCALL: [u8; 2] = [0x0f, 0x05];
+        // REG_RDI, REG_RAX and REG_RIP of ucontext.h.
+        const RDI: usize = 8;
+        const RAX: usize = 13;
+        const RIP: usize = 16;
+        let context = context.cast::<libc::ucontext_t>();
+        // SAFETY: the kernel passes a ucontext_t to a handler with SA_SIGINFO; it is this handler's alone.
+        let registers = unsafe { &mut (*context).uc_mcontext.gregs };
+        if registers[RAX] != libc::SYS_ptrace || registers[RDI] != i64::from(libc::PTRACE_SEIZE) {
+            return;
+        }
+        let Ok(rip) = usize::try_from(registers[RIP]) else { return };
+        let code = std::ptr::with_exposed_provenance::<[u8; 2]>(rip);
+        // SAFETY: the thread is about to execute what lies there. With a number of a system call in rax it is one, or the
+        // two bytes are those of another instruction of the C library's code, which goes on behind them.
+        let code = unsafe { code.read_unaligned() };
+        if code == SYSCALL {
+            registers[RIP] += 2;
+            registers[RAX] = -i64::from(libc::EINTR);
+        }
+    }
+    let action = SigAction::new(SigHandler::SigAction(interrupt), SaFlags::SA_SIGINFO, SigSet::empty());
+    // SAFETY: the handler reads and writes only what the kernel put on its stack, and reads code.
+    unsafe { sigaction(signal, &action) }?;
+    Ok(())
+}
+
+/// Reaps a tracee of this OS thread if it has ended; a stop stays to be waited for.
+pub fn reap_if_ended(thread: libc::pid_t) {
+    let Ok(id) = libc::id_t::try_from(thread) else { return };
+    let flags = libc::WEXITED | libc::WNOHANG | libc::__WALL | libc::__WNOTHREAD;
+    // Stops of tracees are told though nobody asks for them, and would be taken without WNOWAIT.
+    for flags in [flags | libc::WNOWAIT, flags] {
+        // SAFETY: all zeros are a siginfo_t.
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        // SAFETY: `info` outlives the call.
+        let done = unsafe { libc::waitid(libc::P_PID, id, &raw mut info, flags) };
+        if done < 0 || !matches!(info.si_code, libc::CLD_EXITED | libc::CLD_KILLED | libc::CLD_DUMPED) {
+            return;
+        }
+    }
+}

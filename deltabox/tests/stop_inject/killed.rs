@@ -98,6 +98,15 @@ fn running_code_survives_killed_engines() {
 }
 
 #[test]
+fn wide_registers_survive_killed_engines() {
+    if std::arch::is_x86_feature_detected!("avx512f") {
+        survives_engines("spins512", "", false);
+    } else {
+        println!("skipped: this CPU has no AVX-512");
+    }
+}
+
+#[test]
 fn calls_with_timeouts_survive_killed_engines() {
     survives_engines("waits", "naps", false);
 }

@@ -100,7 +100,7 @@ fn keep(wanted: &Wanted) -> anyhow::Result<ExitCode> {
     nix::sched::unshare(CloneFlags::CLONE_NEWNS).context("make a mount namespace")?;
     store::make_private()?;
     let dir = tempfile::TempDir::with_prefix("deltabox-bench-").context("make a temporary directory")?;
-    let mut measured = Vec::new();
+    let (mut measured, mut ended) = (Vec::new(), ExitCode::SUCCESS);
     for kind in StoreKind::all().iter().copied().filter(|kind| wanted.store.is_empty() || wanted.store.contains(kind)) {
         let at = match store::make(kind, dir.path()) {
             Ok(at) => at,
@@ -113,7 +113,10 @@ fn keep(wanted: &Wanted) -> anyhow::Result<ExitCode> {
         store::take_down(kind, &at)?;
         match kept? {
             Some(value) => measured.push(value),
-            None => return Ok(ExitCode::FAILURE),
+            None => {
+                ended = ExitCode::FAILURE;
+                break;
+            }
         }
     }
     print!("{}", results::targets(&measured));
@@ -122,7 +125,7 @@ fn keep(wanted: &Wanted) -> anyhow::Result<ExitCode> {
         let text = serde_json::to_string_pretty(&value)?;
         fs::write(file, text + "\n").with_context(|| format!("write {}", file.display()))?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(ended)
 }
 
 /// One store with a daemon of its own; `None` if measuring ended early.

@@ -86,6 +86,8 @@ struct Agent {
     child: Child,
     input: ChildStdin,
     output: BufReader<ChildStdout>,
+    /// What was done, for the message of a failure.
+    done: Vec<String>,
 }
 
 impl Agent {
@@ -93,7 +95,7 @@ impl Agent {
         let args = ["exec", "-i", "--on-disconnect", "leave", "box", "--", "/usr/bin/python3", "-c", AGENT];
         let mut child = host.command(args).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let (input, output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
-        Self { child, input, output }
+        Self { child, input, output, done: Vec::new() }
     }
 
     fn ask(&mut self, op: &Value) -> Value {
@@ -101,7 +103,10 @@ impl Agent {
         let mut line = String::new();
         self.output.read_line(&mut line).unwrap();
         let answer: Value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{op}: {line:?}: {error}"));
-        assert_eq!(answer.get("error"), None, "{op}");
+        assert_eq!(answer.get("error"), None, "{op} after {:#?}", self.done);
+        if op["op"] != "look" && op["op"] != "content" && op["op"] != "position" {
+            self.done.push(op.to_string());
+        }
         answer["ok"].clone()
     }
 }
@@ -316,6 +321,7 @@ impl World {
             Op::Rollback(number) => {
                 let (id, files, seen) = Self::pick(&self.checkpoints, number)?;
                 self.host.cli(["rollback", "box", &id, "--fs-only"]).ok();
+                self.agent.done.push(format!("rollback {id}"));
                 self.model.rollback(&files);
                 // Opening for writing what is mapped or open copies it up, which shows in link groups alone.
                 let now = self.compare("after the rollback");
@@ -324,6 +330,7 @@ impl World {
             Op::KillEngine => {
                 self.host.end_daemon(Signal::SIGKILL);
                 self.host.start_daemon();
+                self.agent.done.push("engine killed".to_owned());
             }
         }
         Some(())
@@ -332,6 +339,7 @@ impl World {
     fn checkpoint(&mut self) {
         let before = self.compare("before the checkpoint");
         let id = self.host.cli(["checkpoint", "box", "--fs-only"]).ok();
+        self.agent.done.push(format!("checkpoint {id}"));
         let saved = self.model.checkpoint();
         let after = self.compare("after the checkpoint");
         assert_eq!(without_links(&after), without_links(&before), "times too");
@@ -398,7 +406,7 @@ fn files_are_at_every_checkpoint_what_they_were() {
     for case in 0..n_cases {
         let mut bytes = [0; 32];
         bytes[..8].copy_from_slice(&(seed + case).to_le_bytes());
-        let config = Config { cases: 1, max_shrink_iters: 60, failure_persistence: None, ..Config::default() };
+        let config = Config { cases: 1, max_shrink_iters: 10, failure_persistence: None, ..Config::default() };
         let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
         let run = |ops: Vec<Op>| {
             let mut world = World::new();

@@ -140,9 +140,10 @@ impl Model {
         if path == to {
             return;
         }
-        let same = self.files.names.get(to).is_some_and(|node| self.files.names[path] == *node);
-        if same {
-            // rename(2): both names of one file, nothing is done.
+        let node = self.files.names[path];
+        let same = self.files.names.get(to) == Some(&node);
+        if same && !self.files.inodes[&node].frozen {
+            // rename(2): both names of one file, nothing is done. (In a frozen layer they are two.)
             return;
         }
         if self.files.names.contains_key(to) {

@@ -31,7 +31,7 @@ pub(super) fn check(tree: &Tree) -> Vec<Finding> {
 
 /// Whether a string in the test code of this file holds the whole name.
 fn is_named(path: &str, source: &Source<'_>, name: &str) -> bool {
-    let is_test_file = path.starts_with("tests/");
+    let is_test_file = path.starts_with("tests/") || path.contains("/tests/");
     source.tokens.iter().any(|token| match token.kind {
         Kind::Str(text) => {
             (is_test_file || path.starts_with(SRC) && source.is_test(token.line)) && holds_name(text, name)

@@ -78,7 +78,7 @@ impl Driver {
             frozen_look = Some(look);
             next.mount.try_clone().map(Some)
         };
-        let switched = switch(&ground, Purpose::Freeze, next, span);
+        let switched = switch(&mut self.tracer, &ground, Purpose::Freeze, next, span);
         let switched = self.after_switch(switched, armed.map(|armed| armed.layer), "checkpoint")?;
         let (frozen, measured, old) = measured_of(switched);
         let Some(live) = self.live.as_mut() else { return Err(Error::ShuttingDown) };
@@ -152,7 +152,7 @@ impl Driver {
         let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: target.id };
         let Armed { layer, mount } = arm.arm(target.root.clone())?;
         let ground = Ground { init, group: &group, deadline: Instant::now() + DEADLINE };
-        let switched = switch(&ground, Purpose::Discard, || mount.try_clone().map(Some), span);
+        let switched = switch(&mut self.tracer, &ground, Purpose::Discard, || mount.try_clone().map(Some), span);
         let switched = self.after_switch(switched, Some(layer), "roll back")?;
         let (_, measured, old) = measured_of(switched);
         self.manifest.head = Some(target.id);

@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use crate::results;
 
 /// Copies take long and vary little (chosen).
-const MAX_ROUNDS: u32 = 20;
+const MAX_ROUNDS: u32 = 10;
 
 /// The tools, and what they took.
 pub(crate) struct Baselines {

@@ -51,7 +51,7 @@ const N_WARM_UP: u32 = 3;
 /// How long anything that should come soon may take (chosen).
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Holds descriptions and sleeps; says in a file that it does.
+/// Holds descriptions and sleeps; says so by a directory, which takes no description.
 const PROGRAM: &str = "
 import os, signal, sys
 mode, n_descriptions, n_processes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -65,7 +65,7 @@ for i in range(n_descriptions):
     path = f'/srv/held/{number}-{i}'
     with open(path, 'w') as file: file.write('x' * 4096)
     os.open(path, os.O_RDWR if mode == 'rw' else os.O_RDONLY)
-open(f'/srv/held/ready-{number}', 'w').close()
+os.mkdir(f'/srv/held/ready-{number}')
 while True: signal.pause()
 ";
 
