@@ -12,15 +12,15 @@ use super::error::{StopError, StopRefusal};
 use super::stop::{Process, Request, Stopped, Thread};
 use super::waits::Waits;
 use super::{tasks, timeouts};
-use crate::sys::ptrace::{get_signal_mask, reap_if_ended, resume, wait_thread};
+use crate::sys::ptrace::{reap_if_ended, resume, wait_thread};
 
 /// After so long a thread that has not stopped is looked at (chosen: stops take 10 to 200 us; too short a time
 /// only costs a look).
 pub(super) const PATIENCE: Duration = Duration::from_millis(2);
 /// How often it is looked at again, and the deadline (chosen).
 pub(super) const TICK: Duration = Duration::from_millis(1);
-/// So often a thread may turn out to be another one before it is seized (chosen).
-const SEIZE_ATTEMPTS: usize = 20;
+/// So often a thread may turn out to be another one before it is seized (chosen: 25 ms of attempts).
+const SEIZE_ATTEMPTS: usize = 1000;
 /// How long, after a refusal, threads that can halt may take to do so (chosen: they need their turn on a CPU).
 const CALM: Duration = Duration::from_millis(200);
 
@@ -36,12 +36,10 @@ pub(super) enum Halt {
 
 pub(super) fn settle(stopped: &mut Stopped, request: Request<'_>) -> Result<(), StopError> {
     let procs = request.group.join("cgroup.procs");
-    let mut n_clean_scans = 0;
     let mut late = false;
     loop {
         let n_new = seize_new(stopped, &procs, &request)?;
         if n_new > 0 {
-            n_clean_scans = 0;
             // After the deadline nothing new is begun, but what was interrupted is waited for: it can be let go then.
             late = Instant::now() >= request.deadline;
         }
@@ -53,17 +51,10 @@ pub(super) fn settle(stopped: &mut Stopped, request: Request<'_>) -> Result<(), 
                 wait_unstuck(stopped, pid, tid, request.deadline)?;
             }
             seize_released(stopped);
-            n_clean_scans = 0;
             continue;
         }
-        if n_new == 0 {
-            n_clean_scans += 1;
-        }
-        if n_clean_scans >= 2 {
-            if check_halted(stopped)? {
-                return crate::fault::point("stop.halted").map_err(faulted);
-            }
-            n_clean_scans = 0;
+        if n_new == 0 && read_all(stopped)? && is_complete(stopped, &request)? {
+            return crate::fault::point("stop.halted").map_err(faulted);
         }
         if late {
             return Err(StopRefusal::Unsettled { n_threads: stopped.n_threads() }.into());
@@ -83,7 +74,7 @@ fn seize_released(stopped: &mut Stopped) {
     stopped.processes.retain(|process| !process.threads.is_empty());
 }
 
-/// Seizes and interrupts what is not seized yet; how many threads that were.
+/// Seizes and interrupts what is not seized yet; how many threads that were, and processes that have to be looked at again.
 fn seize_new(stopped: &mut Stopped, procs: &Path, request: &Request<'_>) -> Result<usize, StopError> {
     let group = |source| StopError::Group { op: "read", path: PathBuf::from(procs), source };
     let mut n_new = 0;
@@ -115,8 +106,17 @@ fn seize_new(stopped: &mut Stopped, procs: &Path, request: &Request<'_>) -> Resu
             stopped.processes[at].threads.push(thread);
             n_new += 1;
         }
+        if stopped.processes[at].threads.is_empty() && !is_dead(pid).map_err(group)? {
+            // In the middle of an exec by another thread than the leader none may have been met.
+            n_new += 1;
+        }
     }
     Ok(n_new)
+}
+
+/// Whether all threads of a process have ended.
+fn is_dead(pid: pid_t) -> io::Result<bool> {
+    Ok(tasks::read_stat(pid, pid)?.is_some_and(|stat| matches!(stat.state, 'Z' | 'X') && stat.n_threads <= 1))
 }
 
 /// Seizes and interrupts one thread; `false` if there is nothing to stop (it is dead).
@@ -147,8 +147,9 @@ fn seize(pid: pid_t, tid: pid_t, deadline: Instant) -> Result<bool, StopError> {
         }
         match tasks::read_tracer(pid, tid).map_err(failed("read the tracer of"))? {
             None => return Ok(false),
-            // Its tracer let go in between, or it was a leader about to end for another thread's exec.
-            Some(0) => std::thread::yield_now(),
+            // Its tracer let go in between. Or it was a leader that ended for another thread's exec: that holds back the
+            // seizing until it is done, so the next attempt, made at once, comes before the next exec.
+            Some(0) => {}
             // Ours under another name: it took over the leader's at an exec.
             Some(tracer) if tracer == nix::unistd::gettid().as_raw() || tracer == nix::unistd::getpid().as_raw() => {
                 return interrupt(pid, tid);
@@ -293,21 +294,36 @@ pub(super) fn refuse(pid: pid_t, tid: pid_t) -> StopRefusal {
     StopRefusal::Uninterruptible { pid, tid, state, call, wchan }
 }
 
-/// Whether every thread is still stopped. One that is not (killed, or replaced at an exec) is forgotten, and the next
-/// scan decides.
-fn check_halted(stopped: &mut Stopped) -> Result<bool, StopError> {
+/// Whether all threads of the group are among the stopped ones: the kernel's own list of its tasks, for during an exec a
+/// process can escape a scan by its leader.
+fn is_complete(stopped: &Stopped, request: &Request<'_>) -> Result<bool, StopError> {
+    let path = request.group.join("cgroup.threads");
+    let tids = tasks::scan_group(&path).map_err(|source| StopError::Group { op: "read", path, source })?;
+    let is_stopped = |tid| stopped.processes.iter().any(|process| process.threads.iter().any(|t| t.tid == tid));
+    let is_excluded = |tid| request.excluded.iter().any(|pid| tasks::is_thread_of(*pid, tid));
+    // One that is gone may have become the leader meanwhile: the next scan tells.
+    let has_ended = |tid| matches!(tasks::read_stat(tid, tid), Ok(Some(stat)) if matches!(stat.state, 'Z' | 'X'));
+    Ok(tids.into_iter().all(|tid| is_stopped(tid) || is_excluded(tid) || has_ended(tid)))
+}
+
+/// Reads all registers again, for a thread can be another one than the one that halted: an exec killed the leader and
+/// its thread, interrupted too, halts under the leader's number. `false` if a thread is not stopped (killed): it
+/// is forgotten, and the next scan decides.
+fn read_all(stopped: &mut Stopped) -> Result<bool, StopError> {
     let mut all = true;
-    for process in &mut stopped.processes {
+    let Stopped { processes, kept, .. } = stopped;
+    for process in &mut *processes {
         let pid = process.pid;
         let mut failure = None;
-        process.threads.retain(|thread| match get_signal_mask(thread.tid) {
-            Ok(_) => true,
-            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
+        process.threads.retain_mut(|thread| match read_thread(pid, thread, &mut kept.waits) {
+            Ok(()) => true,
+            Err(nix::Error::ESRCH) => {
                 all = false;
                 false
             }
-            Err(source) => {
-                failure = Some(StopError::Thread { op: "look at", pid, tid: thread.tid, source });
+            Err(error) => {
+                let (op, tid) = ("read registers of", thread.tid);
+                failure = Some(StopError::Thread { op, pid, tid, source: error.into() });
                 true
             }
         });
@@ -315,7 +331,7 @@ fn check_halted(stopped: &mut Stopped) -> Result<bool, StopError> {
             return Err(failure);
         }
     }
-    stopped.processes.retain(|process| !process.threads.is_empty());
+    processes.retain(|process| !process.threads.is_empty());
     Ok(all)
 }
 

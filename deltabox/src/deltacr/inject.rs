@@ -372,7 +372,9 @@ fn first_thread(stopped: &Stopped, pid: pid_t) -> Result<Thread, InjectRefusal> 
 }
 
 fn thread_error(op: &'static str, pid: pid_t, tid: pid_t, source: io::Error) -> InjectError {
-    if source.raw_os_error() == Some(libc::ESRCH) {
+    // Memory of a process that has ended reads and writes as nothing; its files in /proc are not found.
+    let gone = [io::ErrorKind::NotFound, io::ErrorKind::UnexpectedEof, io::ErrorKind::WriteZero];
+    if source.raw_os_error() == Some(libc::ESRCH) || gone.contains(&source.kind()) {
         return InjectError::Gone { pid, tid };
     }
     InjectError::Thread { op, pid, tid, source }

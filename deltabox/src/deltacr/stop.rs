@@ -4,14 +4,16 @@
 //! a thread that cannot be stopped cannot be detached either, but the end of its tracer frees it, unchanged.
 //!
 //! ```text
-//! scan cgroup.procs, /proc/PID/task --> seize, interrupt --> wait for each --> twice nothing new? --> Stopped
+//! scan cgroup.procs, /proc/PID/task --> seize, interrupt --> wait for each --> cgroup.threads all there? --> Stopped
 //!        ^                                                       |  one is in an uninterruptible sleep (vfork)
 //!        +------ it stopped <------ let all others run <---------+--> deadline: refused
 //! ```
 //!
 //! New threads and processes are found by scanning again, not by PTRACE_O_TRACECLONE: a seized thread stops at the
-//! end of the call it is in, so it makes at most one more, and none can be missed that was there before the last two
-//! scans began. Events would add a stop for each clone and a second kind of stop, from which nothing can be injected.
+//! end of the call it is in, so it makes at most one more. At the end nothing was new, all are still stopped, and the
+//! kernel's own list of the group's tasks has no other that lives: then nothing is left that could make one. (The list
+//! of processes alone misses one that another of its threads replaces by an exec.) Events would add a stop for each
+//! clone and a second kind of stop, from which nothing can be injected.
 
 use std::io;
 use std::marker::PhantomData;

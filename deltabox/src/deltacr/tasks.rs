@@ -18,6 +18,8 @@ pub(super) struct Stat {
     pub(super) ignored: u64,
     /// With a handler.
     pub(super) caught: u64,
+    /// Threads of its process, ended ones that are not reaped too.
+    pub(super) n_threads: u32,
     /// The CPU it ran on last.
     pub(super) cpu: usize,
 }
@@ -36,6 +38,7 @@ fn parse_stat(text: &str) -> Option<Stat> {
         pending: field(31)?.parse().ok()?,
         ignored: field(33)?.parse().ok()?,
         caught: field(34)?.parse().ok()?,
+        n_threads: field(20)?.parse().ok()?,
         cpu: field(39)?.parse().ok()?,
     })
 }
@@ -77,10 +80,15 @@ pub(super) fn read_tracer(pid: pid_t, tid: pid_t) -> io::Result<Option<pid_t>> {
     Ok(text.lines().find_map(|line| line.strip_prefix("TracerPid:")?.trim().parse().ok()))
 }
 
-/// The processes of a cgroup, host PIDs.
+/// The processes or threads of a cgroup, by its file of that name; host PIDs.
 pub(super) fn scan_group(procs: &Path) -> io::Result<Vec<pid_t>> {
     let text = fs::read_to_string(procs)?;
     Ok(text.lines().filter_map(|line| line.parse().ok()).collect())
+}
+
+/// Whether a process has such a thread.
+pub(super) fn is_thread_of(pid: pid_t, tid: pid_t) -> bool {
+    pid == tid || Path::new(&format!("/proc/{pid}/task/{tid}")).exists()
 }
 
 /// The threads of a process, the leader first; none if it is gone.
@@ -124,7 +132,7 @@ mod tests {
 
     #[test]
     fn a_stat_line_with_brackets_in_the_name_is_read() {
-        let expected = Stat { state: 'S', pending: 4, ignored: 4096, caught: 65536, cpu: 1 };
+        let expected = Stat { state: 'S', pending: 4, ignored: 4096, caught: 65536, n_threads: 3, cpu: 1 };
         assert_eq!(parse_stat(LINE), Some(expected));
     }
 
