@@ -53,7 +53,8 @@ struct Wanted {
     /// Write the numbers to this file, too.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// How often each cell is measured; a quarter of that where a round is long (2,000 files, 300 layers).
+    /// How often each cell is measured; a quarter of that where a round is long (512 descriptions, 2,000 files,
+    /// 300 layers).
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
     /// 12 rounds, and no layers beyond 50: a look, not a measurement.

@@ -45,7 +45,7 @@ impl Cell {
 
     /// How many rounds of those wanted: fewer where one takes long.
     pub(crate) fn rounds(&self, wanted: u32) -> u32 {
-        let is_long = self.n_dirty > 100 || self.n_layers > 100;
+        let is_long = self.n_descriptions > 100 || self.n_dirty > 100 || self.n_layers > 100;
         if is_long { wanted.div_ceil(4) } else { wanted }
     }
 
