@@ -49,5 +49,9 @@ print(db.execute('pragma integrity_check').fetchall(), look(db, 0))
 for table in ['accounts', 'moves']:
     print(hashlib.sha256(repr(db.execute(f'select * from {table} order by id').fetchall()).encode()).hexdigest())
 print(db.execute('pragma wal_checkpoint(truncate)').fetchone()[0])
+# sqlite leaves -wal and -shm in place when the inode number of its file has changed (docs/checkpoints.md).
 db.close()
-print(sorted(os.listdir('.')), sqlite3.connect('bank.db').execute('pragma integrity_check').fetchall())
+db = connect()
+print(db.execute('pragma integrity_check').fetchall(), look(db, 0))
+db.close()
+print(sorted(os.listdir('.')))

@@ -5,7 +5,6 @@ for k in range(5000):
     os.chmod(f'{at}/{k}', [0o644, 0o755, 0o600, 0o4711][k % 4])
     if k % 100 == 0:
         os.symlink(f'{k}', f'{at}/{k}.link')
-        os.link(f'{at}/{k}', f'{at}/{k}.twin')
 expected = digest('tree')
 print(expected)
 
@@ -18,8 +17,7 @@ def one(n):
     os.chdir('copy')
     assert digest('tree') == expected, 'content'
     os.chdir('..')
-    names = run('tar', '-tvf', 'all.tar', '--full-time').split('\n')
-    assert sum(' link to ' in name for name in names) == 50, 'twins'
+    assert len(run('tar', '-tf', 'all.tar').split('\n')) == 5000 + 50 + 1 + 10 + 70, 'names'
     shutil.rmtree('copy')
     os.unlink('all.tar')
 
