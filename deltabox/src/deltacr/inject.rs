@@ -40,8 +40,8 @@ use crate::sys::blob::{AREA_BYTES, AREA_CALLS, AREA_CONTEXT, AREA_SLOTS, slot};
 use crate::sys::ptrace::{get_signal_mask, get_xstate, queue_signal, resume, set_signal_mask, wait_thread};
 
 /// How long a batch may take before the call it is in counts as blocked (chosen).
-const BATCH_PATIENCE: Duration = Duration::from_secs(5);
-const TICK: Duration = Duration::from_millis(10);
+pub(super) const BATCH_PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const TICK: Duration = Duration::from_millis(10);
 
 /// A system call to be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,18 +55,26 @@ pub struct Call {
 /// A hand in one stopped process. Taken back on drop, or by [`Hand::close`], which tells of failure.
 #[derive(Debug)]
 pub struct Hand<'a> {
-    stopped: &'a mut Stopped,
-    pid: pid_t,
-    tid: pid_t,
-    memory: Memory,
+    pub(super) stopped: &'a mut Stopped,
+    pub(super) pid: pid_t,
+    pub(super) tid: pid_t,
+    pub(super) memory: Memory,
     /// The thread's state to be left behind.
     own: Registers,
     mask: u64,
-    marker: i32,
-    area: u64,
+    pub(super) marker: i32,
+    pub(super) area: u64,
     /// The thread waits in batch code for more calls.
     waits: bool,
     closed: bool,
+}
+
+/// What stopped injected code.
+pub(super) enum Reached {
+    /// Its marker.
+    Marker,
+    /// It made a process (host PID), and [`super::helper`] had asked to be told.
+    Birth(pid_t),
 }
 
 /// How an area is come by.
@@ -114,7 +122,7 @@ impl<'a> Hand<'a> {
         stopped.keep_registers(tid, own);
         stopped.pin_to(stat.cpu);
         let mut hand = Self { stopped, pid, tid, memory, own, mask, marker, area: 0, waits: false, closed: false };
-        hand.set_filter_suspended(true)?;
+        hand.set_options(libc::PTRACE_O_SUSPEND_SECCOMP)?;
         hand.enter(ground)?;
         Ok(hand)
     }
@@ -152,7 +160,7 @@ impl<'a> Hand<'a> {
     /// Makes the calls one after the other, whatever they return; the results as the kernel gives them (a negated
     /// error number, or a value). One round trip for up to 128 calls.
     ///
-    /// Calls must return: no exit, no exec, no rt_sigreturn; nor may they unmap the area.
+    /// Calls must return: no exit, no exec, no rt_sigreturn, no clone; nor may they unmap the area.
     ///
     /// # Errors
     /// The thread's own registers are restored in any case; calls may have been made.
@@ -174,6 +182,13 @@ impl<'a> Hand<'a> {
 
     /// Makes calls that fit into the area; `bytes` is what became of them.
     fn run_batch(&mut self, batch: &[Call], bytes: &mut Vec<u8>) -> Result<(), InjectError> {
+        self.begin_batch(batch, bytes)?;
+        self.finish_batch()?;
+        self.read(self.area + AREA_CALLS as u64, bytes)
+    }
+
+    /// Writes the calls and lets them be reached; they begin with the next resumption.
+    pub(super) fn begin_batch(&mut self, batch: &[Call], bytes: &mut Vec<u8>) -> Result<(), InjectError> {
         bytes.clear();
         for call in batch {
             bytes.extend(call.nr.to_le_bytes());
@@ -186,9 +201,22 @@ impl<'a> Hand<'a> {
         self.memory.write_all([(at, bytes), count]).map_err(|source| self.error("write memory of", source))?;
         let start = if self.waits { None } else { Some(Registers { rip: self.area, ..self.foreign() }) };
         self.waits = false;
-        self.execute(start)?;
+        self.begin(start)
+    }
+
+    /// Lets the calls be made, to the last.
+    pub(super) fn finish_batch(&mut self) -> Result<(), InjectError> {
+        match self.go_on()? {
+            Reached::Marker => {}
+            Reached::Birth(_) => return Err(self.error("run calls in", io::Error::other("a process was made"))),
+        }
+        self.batch_is_finished();
+        Ok(())
+    }
+
+    /// The code waits at its marker.
+    pub(super) fn batch_is_finished(&mut self) {
         self.waits = true;
-        self.read(at, bytes)
     }
 
     /// One call.
@@ -201,7 +229,7 @@ impl<'a> Hand<'a> {
         self.leave()
     }
 
-    fn error(&self, op: &'static str, source: io::Error) -> InjectError {
+    pub(super) fn error(&self, op: &'static str, source: io::Error) -> InjectError {
         thread_error(op, self.pid, self.tid, source)
     }
 
@@ -239,7 +267,8 @@ impl<'a> Hand<'a> {
         let slots = frame::slots(back, self.mask, self.marker, GoOn::Plain);
         place.prepare(&self.memory, &slots).map_err(|source| self.error("write the vdso of", source))?;
         fault::point("inject.prepared").map_err(|source| self.error("prepare", source))?;
-        self.execute(Some(Registers { rip: place.boot(), ..self.foreign() }))?;
+        self.begin(Some(Registers { rip: place.boot(), ..self.foreign() }))?;
+        self.go_on()?;
         let end = ptrace::getregs(Pid::from_raw(self.tid))
             .map_err(|source| self.error("read registers of", source.into()))?;
         for result in [end.rbx.cast_signed(), end.r12.cast_signed()] {
@@ -263,8 +292,8 @@ impl<'a> Hand<'a> {
         self.memory.write_all(parts).map_err(|source| self.error("write memory of", source))
     }
 
-    /// Runs injected code until its marker: from `start`, or on from where it is.
-    fn execute(&mut self, start: Option<Registers>) -> Result<(), InjectError> {
+    /// Prepares injected code to be run to its marker: from `start`, or on from where it is.
+    fn begin(&mut self, start: Option<Registers>) -> Result<(), InjectError> {
         let tid = self.tid;
         if let Some(start) = start {
             ptrace::setregs(Pid::from_raw(tid), start)
@@ -274,15 +303,20 @@ impl<'a> Hand<'a> {
         set_signal_mask(tid, u64::MAX).map_err(|source| self.error("set the signal mask of", source))?;
         fault::point("inject.masked").map_err(|source| self.error("set the signal mask of", source))?;
         queue_signal(self.pid, tid, self.marker, 0).map_err(|source| self.error("queue a signal for", source))?;
-        fault::point("inject.queued").map_err(|source| self.error("queue a signal for", source))?;
+        fault::point("inject.queued").map_err(|source| self.error("queue a signal for", source))
+    }
+
+    /// Lets injected code run until something stops it.
+    pub(super) fn go_on(&mut self) -> Result<Reached, InjectError> {
         self.stopped.alarm.listen(BATCH_PATIENCE, TICK).map_err(|source| self.error("time calls of", source))?;
         let reached = self.wait_marker();
         self.stopped.alarm.deafen().map_err(|source| self.error("time calls of", source))?;
-        reached?;
-        fault::point("inject.marked").map_err(|source| self.error("wait for", source))
+        let reached = reached?;
+        fault::point("inject.marked").map_err(|source| self.error("wait for", source))?;
+        Ok(reached)
     }
 
-    fn wait_marker(&mut self) -> Result<(), InjectError> {
+    fn wait_marker(&mut self) -> Result<Reached, InjectError> {
         let (pid, tid) = (self.pid, self.tid);
         let deadline = Instant::now() + BATCH_PATIENCE;
         let mut interrupted = false;
@@ -315,11 +349,17 @@ impl<'a> Hand<'a> {
                     let done = left.saturating_sub(self.area + AREA_CALLS as u64) / CALL_BYTES as u64;
                     return Err(InjectError::Blocked { pid, index: usize::try_from(done).unwrap_or(0) });
                 }
+                _ if event == libc::PTRACE_EVENT_CLONE => {
+                    let child = ptrace::getevent(Pid::from_raw(tid))
+                        .map_err(|source| self.error("ask for the child of", source.into()))?;
+                    let pid = pid_t::try_from(child);
+                    return pid.map(Reached::Birth).map_err(|_| self.error("ask for the child of", io::ErrorKind::InvalidData.into()));
+                }
                 // Job control has changed; that is for after the injection.
                 _ if event != 0 => {}
                 // The only signals that blocking does not hold back.
                 libc::SIGSTOP => self.stopped.deferred.push((pid, signal)),
-                _ if signal == self.marker => return Ok(()),
+                _ if signal == self.marker => return Ok(Reached::Marker),
                 libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE | libc::SIGTRAP | libc::SIGSYS => {
                     let at = ptrace::getregs(Pid::from_raw(tid)).map_or(0, |registers| registers.rip);
                     return Err(InjectError::Fault { pid, signal, at });
@@ -331,10 +371,10 @@ impl<'a> Hand<'a> {
         }
     }
 
-    fn set_filter_suspended(&self, suspended: bool) -> Result<(), InjectError> {
-        let options = if suspended { libc::PTRACE_O_SUSPEND_SECCOMP } else { 0 };
+    /// Sets the thread's `PTRACE_O_*`; without PTRACE_O_SUSPEND_SECCOMP its filter holds.
+    pub(super) fn set_options(&self, options: i32) -> Result<(), InjectError> {
         ptrace::setoptions(Pid::from_raw(self.tid), ptrace::Options::from_bits_retain(options))
-            .map_err(|source| self.error("suspend the system call filter of", source.into()))
+            .map_err(|source| self.error("set the trace options of", source.into()))
     }
 
     fn leave(&mut self) -> Result<(), InjectError> {
@@ -349,7 +389,7 @@ impl<'a> Hand<'a> {
         let registers = ptrace::setregs(Pid::from_raw(self.tid), self.own)
             .map_err(|source| self.error("set registers of", source.into()));
         let left = left.and(fault::point("inject.left").map_err(|source| self.error("leave", source)));
-        let filter = self.set_filter_suspended(false);
+        let filter = self.set_options(0);
         if mask.is_err() || registers.is_err() {
             // It is dead, or finds its way out of injected code alone: the next stop looks.
             self.stopped.kept.orphans_finished = false;

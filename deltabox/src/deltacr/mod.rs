@@ -7,6 +7,7 @@ mod area;
 mod error;
 mod frame;
 mod halt;
+mod helper;
 pub mod inject;
 mod interrupted;
 mod marker;
@@ -14,6 +15,7 @@ pub mod rebase;
 mod rseq;
 pub mod stop;
 mod tasks;
+pub mod template;
 mod timeouts;
 mod waits;
 

@@ -135,6 +135,8 @@ pub struct Stopped {
     pub(super) pinned: Option<usize>,
     /// SIGSTOPs that arrived while injected code ran, to be sent again.
     pub(super) deferred: Vec<(pid_t, i32)>,
+    /// Processes of which is known whether orphans become their children.
+    pub(super) subreapers: Vec<(pid_t, bool)>,
     pub(super) alarm: Alarm,
     pub(super) kept: Kept,
     /// Raw pointers are not `Send`: neither is this.
@@ -172,6 +174,7 @@ impl Stopped {
             affinity: sched_getaffinity(Pid::from_raw(0)).ok(),
             pinned: None,
             deferred: Vec::with_capacity(16),
+            subreapers: Vec::new(),
             alarm,
             kept,
             not_send: PhantomData,

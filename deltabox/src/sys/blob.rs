@@ -16,6 +16,8 @@ pub const AREA_CONTEXT: usize = 0x1800;
 pub const N_SLOTS: usize = 23;
 /// Where the calls of a batch lie in the area.
 pub const AREA_CALLS: usize = 0x5000;
+/// Where the calls of a helper lie: a process that a batch made with clone3.
+pub const AREA_HELPER: usize = 0xA000;
 
 /// Slot numbers, in the order in which the code knows them.
 pub mod slot {
@@ -51,6 +53,17 @@ global_asm!(
     "lea \\set(%rip), %rsi",
     "mov $0, %edx",
     "mov $8, %r10d",
+    "syscall",
+    ".endm",
+    // Makes the call that rbx points to.
+    ".macro dbx_call",
+    "mov (%rbx), %rax",
+    "mov 8(%rbx), %rdi",
+    "mov 16(%rbx), %rsi",
+    "mov 24(%rbx), %rdx",
+    "mov 32(%rbx), %r10",
+    "mov 40(%rbx), %r8",
+    "mov 48(%rbx), %r9",
     "syscall",
     ".endm",
     // With all signals blocked: flags and what a call keeps first, then the mask, then what a call may change.
@@ -124,14 +137,12 @@ global_asm!(
     "1:",
     "test %r12, %r12",
     "jz 2f",
-    "mov (%rbx), %rax",
-    "mov 8(%rbx), %rdi",
-    "mov 16(%rbx), %rsi",
-    "mov 24(%rbx), %rdx",
-    "mov 32(%rbx), %r10",
-    "mov 40(%rbx), %r8",
-    "mov 48(%rbx), %r9",
-    "syscall",
+    "dbx_call",
+    "cmpq $435, (%rbx)",
+    "jne 3f",
+    "test %rax, %rax",
+    "jz 5f",
+    "3:",
     "mov %rax, 56(%rbx)",
     "add $64, %rbx",
     "dec %r12",
@@ -143,18 +154,39 @@ global_asm!(
     "jne 0b",
     "mov dbx_batch+{slots}+24(%rip), %eax",
     "test %eax, %eax",
-    "jnz 3f",
+    "jnz 4f",
     "lea dbx_batch+{context}(%rip), %rsp",
     "mov $15, %eax",
     "syscall",
     "ud2",
-    "3:",
+    "4:",
     "dbx_go_on dbx_batch+{slots}",
+    // A child of clone3, the helper: its own calls, to the first that fails or ends it. It shares the memory.
+    "5:",
+    "lea dbx_batch+{helper}(%rip), %rbx",
+    "6:",
+    "dbx_call",
+    "cmpq $435, (%rbx)",
+    "jne 7f",
+    "test %rax, %rax",
+    "jz 8f",
+    "7:",
+    "mov %rax, 56(%rbx)",
+    "add $64, %rbx",
+    "cmp $-4096, %rax",
+    "jbe 6b",
+    // exit_group: a helper that failed; and a child of the helper, the template, should it ever run.
+    "8:",
+    "mov $231, %eax",
+    "mov $0, %edi",
+    "syscall",
+    "ud2",
     "dbx_batch_end:",
     ".popsection",
     len = const AREA_BYTES,
     slots = const AREA_SLOTS,
     calls = const AREA_CALLS,
+    helper = const AREA_HELPER,
     context = const AREA_CONTEXT,
     options(att_syntax)
 );
@@ -174,6 +206,7 @@ pub fn boot() -> &'static [u8] {
 }
 
 /// Code that makes as many calls as a slot says, which lie at [`AREA_CALLS`] from its start, its slots at [`AREA_SLOTS`].
+/// A child of a clone3 among them makes those at [`AREA_HELPER`], and a child of that only exits.
 #[cfg(target_arch = "x86_64")]
 pub fn batch() -> &'static [u8] {
     between(&raw const dbx_batch, &raw const dbx_batch_end)

@@ -26,6 +26,49 @@ struct CloneArgs {
 /// From the kernel (include/uapi/linux/sched.h); libc's constant is too narrow for it.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
+/// What an injected clone3 asks for, as the kernel reads it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CloneCall {
+    /// `CLONE_*` without CLONE_INTO_CGROUP.
+    pub flags: u64,
+    /// Address at which the kernel tells the maker the new number (with CLONE_PARENT_SETTID).
+    pub parent_tid: u64,
+    /// What the parent is sent at its end, 0 for nothing.
+    pub exit_signal: u64,
+    /// Address of an int with the number to be taken, 0 for any.
+    pub set_tid: u64,
+    /// Number of a descriptor of the cgroup to be born into.
+    pub cgroup: Option<u64>,
+}
+
+impl CloneCall {
+    /// Bytes of the kernel's structure.
+    pub const LEN_BYTES: usize = size_of::<CloneArgs>();
+
+    /// The kernel's `struct clone_args`.
+    pub fn bytes(self) -> [u8; Self::LEN_BYTES] {
+        let into = if self.cgroup.is_some() { CLONE_INTO_CGROUP } else { 0 };
+        let words: [u64; Self::LEN_BYTES / 8] = [
+            self.flags | into,
+            0,
+            0,
+            self.parent_tid,
+            self.exit_signal,
+            0,
+            0,
+            0,
+            self.set_tid,
+            u64::from(self.set_tid != 0),
+            self.cgroup.unwrap_or(0),
+        ];
+        let mut bytes = [0; Self::LEN_BYTES];
+        for (place, word) in bytes.chunks_exact_mut(8).zip(words) {
+            place.copy_from_slice(&word.to_le_bytes());
+        }
+        bytes
+    }
+}
+
 /// What a new process gets that a plain fork would not give.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CloneRequest<'a> {
@@ -133,6 +176,8 @@ pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, number: i32) -> io::Result<OwnedFd> {
 pub enum Compared {
     /// The open file descriptions behind two descriptors.
     Descriptions(i32, i32),
+    /// The memory.
+    Memory,
     /// The descriptor tables.
     Tables,
     /// Root, working directory and umask.
@@ -143,6 +188,7 @@ pub enum Compared {
 pub fn compare(a: libc::pid_t, b: libc::pid_t, what: Compared) -> io::Result<std::cmp::Ordering> {
     let (kind, x, y) = match what {
         Compared::Descriptions(x, y) => (0, x, y),
+        Compared::Memory => (1, 0, 0),
         Compared::Tables => (2, 0, 0),
         Compared::Places => (3, 0, 0),
     };

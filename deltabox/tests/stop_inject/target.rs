@@ -73,9 +73,15 @@ pub(crate) struct Target {
 
 impl Target {
     pub(crate) fn start(name: &str, mode: &str) -> Self {
+        Self::start_as(name, mode, &[])
+    }
+
+    /// With variables in its environment.
+    pub(crate) fn start_as(name: &str, mode: &str, variables: &[(&str, &str)]) -> Self {
         let group = Group::new();
         let mut child = Command::new(program(name))
             .arg(mode)
+            .envs(variables.iter().copied())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

@@ -1,0 +1,241 @@
+//! What a process has mapped: exact lists, as `/proc/PID/smaps` and `maps` tell them. Pure but for the reading.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::ops::Range;
+
+use libc::pid_t;
+use serde::{Deserialize, Serialize};
+
+/// A mapping (a VMA of the kernel).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mapping {
+    /// First address.
+    pub start: u64,
+    /// First address behind it.
+    pub end: u64,
+    /// `PROT_*`.
+    pub protection: u64,
+    /// MAP_SHARED: `s` in `maps`.
+    pub shared: bool,
+    /// Where in the file it begins, bytes.
+    pub offset_bytes: u64,
+    /// The file's device, major and minor number; zeros without a file.
+    pub device: (u32, u32),
+    /// The file's inode number, 0 without a file.
+    pub inode: u64,
+    /// The file's path, or a name like `[heap]`, as `maps` shows it.
+    pub name: String,
+    /// What has been advised and how it behaves, sorted.
+    pub advice: BTreeSet<Advice>,
+    /// Bytes in memory that are its own, not of a file.
+    pub anonymous_bytes: u64,
+}
+
+/// Flags of `VmFlags` that matter to a copy or a return.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Advice {
+    /// `sh`: shared, of a file open for writing.
+    SharedWritable,
+    /// `dc`: MADV_DONTFORK.
+    DontFork,
+    /// `wf`: MADV_WIPEONFORK.
+    WipeOnFork,
+    /// `lo`: mlock.
+    Locked,
+    /// `gd`: MAP_GROWSDOWN.
+    GrowsDown,
+    /// `nr`: MAP_NORESERVE.
+    NoReserve,
+    /// `hg`: MADV_HUGEPAGE.
+    Huge,
+    /// `nh`: MADV_NOHUGEPAGE.
+    NoHuge,
+    /// `mg`: MADV_MERGEABLE.
+    Mergeable,
+    /// `dd`: MADV_DONTDUMP.
+    DontDump,
+    /// `dp`: MAP_DROPPABLE.
+    Droppable,
+    /// `sr`: MADV_SEQUENTIAL.
+    Sequential,
+    /// `rr`: MADV_RANDOM.
+    Random,
+    /// `ht`: pages of hugetlbfs.
+    HugeTlb,
+    /// `io` or `pf`: memory of a device, or of the kernel itself.
+    Special,
+    /// `sl`: sealed against changes.
+    Sealed,
+}
+
+impl Advice {
+    fn parse(flag: &str) -> Option<Self> {
+        Some(match flag {
+            "sh" => Self::SharedWritable,
+            "dc" => Self::DontFork,
+            "wf" => Self::WipeOnFork,
+            "lo" => Self::Locked,
+            "gd" => Self::GrowsDown,
+            "nr" => Self::NoReserve,
+            "hg" => Self::Huge,
+            "nh" => Self::NoHuge,
+            "mg" => Self::Mergeable,
+            "dd" => Self::DontDump,
+            "dp" => Self::Droppable,
+            "sr" => Self::Sequential,
+            "rr" => Self::Random,
+            "ht" => Self::HugeTlb,
+            "io" | "pf" => Self::Special,
+            "sl" => Self::Sealed,
+            _ => return None,
+        })
+    }
+}
+
+impl Mapping {
+    /// Its addresses.
+    pub fn range(&self) -> Range<u64> {
+        self.start..self.end
+    }
+
+    /// Its size.
+    pub fn len_bytes(&self) -> u64 {
+        self.end - self.start
+    }
+
+    /// Whether something was advised.
+    pub fn has(&self, advice: Advice) -> bool {
+        self.advice.contains(&advice)
+    }
+
+    /// Whether a file lies behind it.
+    pub fn has_file(&self) -> bool {
+        self.inode != 0
+    }
+
+    /// Whether the kernel made it: vdso, vvar, vsyscall.
+    pub fn is_kernels(&self) -> bool {
+        self.name.starts_with("[v") && !self.has_file()
+    }
+
+    /// Whether both show the same thing at each address that both have: the same file at the same place, or none.
+    pub fn is_alike(&self, other: &Self) -> bool {
+        let file = (self.shared, self.device, self.inode) == (other.shared, other.device, other.inode);
+        let shift = |one: &Self| one.offset_bytes.wrapping_sub(one.start);
+        file && (!self.has_file() || shift(self) == shift(other))
+            && self.is_kernels() == other.is_kernels()
+            && [Advice::GrowsDown, Advice::Droppable, Advice::NoReserve].iter().all(|one| self.has(*one) == other.has(*one))
+    }
+}
+
+/// Reads all mappings with their flags. The kernel walks all pages for it (measured: `docs/templates.md`).
+pub fn read_smaps(pid: pid_t) -> io::Result<Vec<Mapping>> {
+    let bytes = fs::read(format!("/proc/{pid}/smaps"))?;
+    parse(&String::from_utf8_lossy(&bytes)).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// Reads all mappings; nothing is known of what was advised.
+pub(super) fn read_maps(pid: pid_t) -> io::Result<Vec<Mapping>> {
+    let bytes = fs::read(format!("/proc/{pid}/maps"))?;
+    parse(&String::from_utf8_lossy(&bytes)).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+fn parse(text: &str) -> Option<Vec<Mapping>> {
+    let mut mappings: Vec<Mapping> = Vec::new();
+    for line in text.lines() {
+        // Fields of smaps begin with a capital, addresses are in small letters.
+        if line.starts_with(|first: char| first.is_ascii_uppercase()) {
+            let last = mappings.last_mut()?;
+            if let Some(flags) = line.strip_prefix("VmFlags:") {
+                last.advice = flags.split_ascii_whitespace().filter_map(Advice::parse).collect();
+            } else if let Some(size) = line.strip_prefix("Anonymous:") {
+                last.anonymous_bytes = parse_kilobytes(size)?;
+            }
+        } else {
+            mappings.push(parse_line(line)?);
+        }
+    }
+    // The page of old system calls lies in the kernel's half.
+    mappings.retain(|mapping| mapping.start < 1 << 63);
+    Some(mappings)
+}
+
+fn parse_line(line: &str) -> Option<Mapping> {
+    let mut rest = line;
+    let mut word = || {
+        let (word, more) = rest.trim_start_matches(' ').split_once(' ').unwrap_or((rest.trim_start_matches(' '), ""));
+        rest = more;
+        word
+    };
+    let (start, end) = word().split_once('-')?;
+    let flags = word().as_bytes();
+    let offset = word();
+    let (major, minor) = word().split_once(':')?;
+    let inode = word();
+    let hexadecimal = |text| u64::from_str_radix(text, 16).ok();
+    let protection = [(0, b'r', libc::PROT_READ), (1, b'w', libc::PROT_WRITE), (2, b'x', libc::PROT_EXEC)]
+        .into_iter()
+        .filter(|(at, letter, _)| flags.get(*at) == Some(letter))
+        .fold(0, |all, (.., one)| all | u64::from(one.cast_unsigned()));
+    Some(Mapping {
+        start: hexadecimal(start)?,
+        end: hexadecimal(end)?,
+        protection,
+        shared: *flags.get(3)? == b's',
+        offset_bytes: hexadecimal(offset)?,
+        device: (u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?),
+        inode: inode.parse().ok()?,
+        name: rest.trim_start_matches(' ').to_owned(),
+        advice: BTreeSet::new(),
+        anonymous_bytes: 0,
+    })
+}
+
+/// The number in a line like `VmSize:   12 kB`, in bytes.
+pub(super) fn parse_kilobytes(text: &str) -> Option<u64> {
+    let kilobytes: u64 = text.split_ascii_whitespace().next()?.parse().ok()?;
+    kilobytes.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = "\
+55d0c0000000-55d0c0021000 rw-p 00000000 00:00 0                          [heap]
+Size:                132 kB
+Anonymous:             8 kB
+VmFlags: rd wr mr mw me ac sd
+7f0000000000-7f0000001000 r--s 00002000 fe:00 123                        /tmp/a b (deleted)
+VmFlags: rd mr me ms
+7f0000001000-7f0000002000 ---p 00000000 00:00 0
+VmFlags: mr mw me dc wf lo dd
+ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]
+VmFlags: ex
+";
+
+    #[test]
+    fn mappings_are_read_with_names_and_flags() {
+        let read = parse(TEXT).expect("mappings");
+        assert_eq!(read.len(), 3);
+        assert_eq!((read[0].name.as_str(), read[0].protection, read[0].anonymous_bytes), ("[heap]", 3, 8192));
+        assert_eq!((read[1].name.as_str(), read[1].shared, read[1].device), ("/tmp/a b (deleted)", true, (0xfe, 0)));
+        assert_eq!((read[1].offset_bytes, read[1].inode), (0x2000, 123));
+        assert_eq!((read[2].name.as_str(), read[2].protection), ("", 0));
+        let advice = [Advice::DontFork, Advice::WipeOnFork, Advice::Locked, Advice::DontDump];
+        assert_eq!(read[2].advice, advice.into_iter().collect());
+    }
+
+    #[test]
+    fn a_cut_list_is_not_misread() {
+        for len in 0..TEXT.len() {
+            // Whatever is made of it, addresses are whole.
+            for mapping in parse(&TEXT[..len]).unwrap_or_default() {
+                assert!([0x55d0_c000_0000, 0x7f00_0000_0000, 0x7f00_0000_1000].contains(&mapping.start), "cut at {len}");
+            }
+        }
+        assert!(parse("Size: 3 kB\n").is_none());
+    }
+}

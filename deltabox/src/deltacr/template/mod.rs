@@ -1,0 +1,29 @@
+//! Templates: copies of stopped processes that share their memory copy-on-write and never run.
+//!
+//! ```text
+//! process P (stopped)   one batch: [advice] clone3(H); wait4(H); [advice back]
+//!   H: P's memory, P's descriptor table    close_range(UNSHARE); setsid; socketpair; (engine: cgroup's descriptor)
+//!        clone3(T, into the frozen cgroup); close_range; exit        its end makes init the parent of T
+//!   T: a copy of the memory, no descriptor, a session of its own; frozen before its first instruction: exit_group
+//! ```
+//!
+//! What must hold: P is as it was, whatever fails and whenever the engine dies. T shares nothing that P can write: shared
+//! writable mappings are left out of it ([`Memory`] lists them). A template is found again by its cgroup's name.
+//!
+//! [`Restore`] is the way back. `docs/templates.md` has the details and the numbers.
+
+mod advise;
+mod error;
+mod freezer;
+mod make;
+mod mapping;
+mod memory;
+mod reapers;
+mod remove;
+
+pub use error::{TemplateError, TemplateRefusal};
+pub use freezer::Freezer;
+pub use make::{Numbers, Request};
+pub use mapping::{Advice, Mapping, read_smaps};
+pub use memory::{Memory, Outline, Sections};
+pub use remove::Template;

@@ -1,0 +1,97 @@
+//! Templates of stopped programs, and programs put back in place from them.
+//!
+//! `tests/programs/memory.c` has memory of many kinds and judges itself; the tests look from outside too.
+
+mod made;
+#[path = "../stop_inject/target.rs"]
+#[expect(dead_code, reason = "some of it is for tests of stops alone")]
+mod target;
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+
+use deltabox::deltacr::stop::Stopped;
+use deltabox::deltacr::template::{Freezer, Mapping, Memory, Outline, Request, Template, TemplateError, read_smaps};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
+
+use target::Target;
+
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A program of which templates are made. This process is their parent, as init is in a sandbox.
+pub(crate) struct Subject(pub(crate) Target);
+
+impl Subject {
+    pub(crate) fn start(kinds: &str) -> Self {
+        Self::start_as(kinds, &[])
+    }
+
+    pub(crate) fn start_as(kinds: &str, variables: &[(&str, &str)]) -> Self {
+        nix::sys::prctl::set_child_subreaper(true).expect("become a subreaper");
+        Self(Target::start_as("memory", kinds, variables))
+    }
+
+    pub(crate) fn freezer(&self, name: &str) -> Freezer {
+        Freezer::create(&self.0.group.0, name).expect("a frozen cgroup")
+    }
+
+    pub(crate) fn request(&self) -> Request {
+        Request { keeper: Some(std::process::id().try_into().expect("a pid")), ..Request::default() }
+    }
+
+    /// Makes a template, and has `look` look at both before the program goes on.
+    pub(crate) fn make_and(
+        &self,
+        request: &Request,
+        look: impl FnOnce(&mut Stopped, &Template, &Outline) + Send,
+    ) -> Result<(Template, Memory), TemplateError> {
+        let freezer = self.freezer("t1");
+        let made = self.0.group.stopped(|stopped| {
+            let made = Template::make(stopped, self.0.pid(), freezer, request)?;
+            look(stopped, &made.0, &made.1);
+            Ok::<_, TemplateError>(made)
+        })?;
+        let memory = made.1.complete(&made.0)?;
+        Ok((made.0, memory))
+    }
+
+    pub(crate) fn make(&self) -> (Template, Memory) {
+        self.make_and(&self.request(), |_, _, _| {}).expect("a template")
+    }
+
+    /// Has the program do something, and say so.
+    pub(crate) fn tell(&mut self, letter: u8) {
+        use std::io::Write;
+        self.0.input.as_mut().expect("an input").write_all(&[letter]).expect("write to the program");
+        assert_eq!(self.0.line(), "ok", "after '{}'", char::from(letter));
+    }
+}
+
+/// Removes a template, and reaps it as its parent.
+pub(crate) fn remove(template: Template) {
+    let pid = template.pid();
+    let path = template.freezer().path().to_owned();
+    template.remove(PATIENCE).expect("remove a template");
+    assert!(!path.exists());
+    reap(pid);
+}
+
+pub(crate) fn reap(pid: libc::pid_t) {
+    waitpid(Pid::from_raw(pid), Some(WaitPidFlag::__WALL)).expect("reap a template");
+}
+
+/// What `smaps` tells, without the counts: those change by looking.
+pub(crate) fn mappings(pid: libc::pid_t) -> Vec<Mapping> {
+    let mut mappings = read_smaps(pid).expect("mappings");
+    mappings.iter_mut().for_each(|mapping| mapping.anonymous_bytes = 0);
+    mappings
+}
+
+/// Bytes of a process, whatever their protection; `None` where there are none.
+pub(crate) fn bytes(pid: libc::pid_t, mapping: &Mapping) -> Option<Vec<u8>> {
+    let memory = fs::File::open(format!("/proc/{pid}/mem")).expect("memory");
+    let mut bytes = vec![0; usize::try_from(mapping.len_bytes()).expect("a size")];
+    memory.read_exact_at(&mut bytes, mapping.start).ok().map(|()| bytes)
+}
