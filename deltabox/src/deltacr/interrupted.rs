@@ -123,6 +123,15 @@ pub(super) fn given_up(registers: &Registers) -> Option<Registers> {
     (in_call(registers) && again).then_some(Registers { rax: INTERRUPTED, orig_rax: u64::MAX, ..*registers })
 }
 
+/// Registers that can be put back at another time: what the kernel keeps of a call that knows its time left is that of
+/// a later one then, so the call is made again from its beginning.
+pub(super) fn without_time_left(registers: &Registers) -> Registers {
+    if in_call(registers) && registers.rax == RESTART_BLOCK {
+        return Registers { rax: RESTART_NO_HANDLER, ..*registers };
+    }
+    *registers
+}
+
 /// What the kernel would do on the way back to the program, written into the registers: for a program that goes on
 /// without passing there in this state.
 pub(super) fn restarted(registers: &Registers) -> (Registers, GoOn) {
@@ -169,6 +178,13 @@ mod tests {
         let (own, how) = restarted(&stopped(libc::SYS_nanosleep, -516));
         assert_eq!((own.rax, own.rip), (219, 0x1000));
         assert_eq!(how, GoOn::Plain);
+    }
+
+    #[test]
+    fn a_call_put_back_later_begins_anew() {
+        let own = without_time_left(&stopped(libc::SYS_nanosleep, -516));
+        assert_eq!((own.rax, own.rip, own.orig_rax), (code(-514), 0x1002, libc::SYS_nanosleep.cast_unsigned()));
+        assert_eq!(without_time_left(&stopped(0, 17)).rax, 17);
     }
 
     #[test]

@@ -65,8 +65,14 @@ pub mod page_is {
     pub const WPALLOWED: u64 = 1 << 0;
     /// Written since it was last write-protected.
     pub const WRITTEN: u64 = 1 << 1;
+    /// Of a file, or of shared memory.
+    pub const FILE: u64 = 1 << 2;
     /// In memory.
     pub const PRESENT: u64 = 1 << 3;
+    /// In the swap.
+    pub const SWAPPED: u64 = 1 << 4;
+    /// The one page of zeros that all share.
+    pub const ZERO: u64 = 1 << 5;
 }
 
 /// What PAGEMAP_SCAN also does.
@@ -139,6 +145,34 @@ pub fn pagemap_scan(
     // SAFETY: `arg` is a pm_scan_arg that tells its own size, and `regions` is as long as told.
     let n = check(unsafe { libc::ioctl(pagemap.as_raw_fd(), request, &raw mut arg) }.into())?;
     usize::try_from(n).map_err(|_| io::Error::from_raw_os_error(libc::ERANGE))
+}
+
+/// Finds in `range` of the process behind `pagemap` the pages that are its own: in memory or swapped, neither of a file
+/// nor the page of zeros. Returns how many of `regions` were filled, and how far was looked.
+pub fn pagemap_own(
+    pagemap: BorrowedFd<'_>,
+    range: Range<u64>,
+    regions: &mut [PageRegion],
+) -> io::Result<(usize, u64)> {
+    let not = page_is::FILE | page_is::ZERO;
+    let mut arg = ScanArg {
+        size: size_of::<ScanArg>() as u64,
+        flags: 0,
+        start: range.start,
+        end: range.end,
+        walk_end: 0,
+        vec: regions.as_mut_ptr() as u64,
+        vec_len: regions.len() as u64,
+        max_pages: 0,
+        category_inverted: not,
+        category_mask: not,
+        category_anyof_mask: page_is::PRESENT | page_is::SWAPPED,
+        return_mask: 0,
+    };
+    let request = iowr::<ScanArg>(b'f', 16);
+    // SAFETY: `arg` is a pm_scan_arg that tells its own size, and `regions` is as long as told.
+    let n = check(unsafe { libc::ioctl(pagemap.as_raw_fd(), request, &raw mut arg) }.into())?;
+    Ok((usize::try_from(n).map_err(|_| io::Error::from_raw_os_error(libc::ERANGE))?, arg.walk_end))
 }
 
 /// Features of userfaultfd (include/uapi/linux/userfaultfd.h).

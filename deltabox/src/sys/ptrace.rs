@@ -84,6 +84,23 @@ pub fn get_xstate(thread: libc::pid_t, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(part.iov_len)
 }
 
+/// Sets a stopped tracee's extended registers: what [`get_xstate`] filled.
+pub fn set_xstate(thread: libc::pid_t, state: &[u8]) -> io::Result<()> {
+    const NT_X86_XSTATE: libc::c_long = 0x202;
+    let part = libc::iovec { iov_base: state.as_ptr().cast_mut().cast(), iov_len: state.len() };
+    // SAFETY: the kernel reads at most as many bytes as the iovec says, and judges them.
+    check(unsafe { libc::syscall(libc::SYS_ptrace, libc::PTRACE_SETREGSET, thread, NT_X86_XSTATE, &raw const part) })
+        .map(drop)
+}
+
+/// Address and size of a thread's list of robust futexes.
+pub fn get_robust_list(thread: libc::pid_t) -> io::Result<(u64, u64)> {
+    let (mut head, mut len_bytes) = (0_u64, 0_u64);
+    // SAFETY: the kernel writes one word to each.
+    check(unsafe { libc::syscall(libc::SYS_get_robust_list, thread, &raw mut head, &raw mut len_bytes) })?;
+    Ok((head, len_bytes))
+}
+
 /// Waits for a tracee or child of this OS thread to stop or end; its raw status. Fails with EINTR at a signal, with
 /// ECHILD if there is no such tracee (any more).
 pub fn wait_thread(thread: libc::pid_t, flags: libc::c_int) -> io::Result<Option<libc::c_int>> {

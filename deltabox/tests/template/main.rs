@@ -3,6 +3,7 @@
 //! `tests/programs/memory.c` has memory of many kinds and judges itself; the tests look from outside too.
 
 mod made;
+mod restored;
 #[path = "../stop_inject/target.rs"]
 #[expect(dead_code, reason = "some of it is for tests of stops alone")]
 mod target;

@@ -120,13 +120,17 @@ impl Mapping {
         self.name.starts_with("[v") && !self.has_file()
     }
 
-    /// Whether both show the same thing at each address that both have: the same file at the same place, or none.
-    pub fn is_alike(&self, other: &Self) -> bool {
+    /// Whether both show the same file at the same place, or none.
+    pub fn shows_the_same(&self, other: &Self) -> bool {
         let file = (self.shared, self.device, self.inode) == (other.shared, other.device, other.inode);
         let shift = |one: &Self| one.offset_bytes.wrapping_sub(one.start);
-        file && (!self.has_file() || shift(self) == shift(other))
-            && self.is_kernels() == other.is_kernels()
-            && [Advice::GrowsDown, Advice::Droppable, Advice::NoReserve].iter().all(|one| self.has(*one) == other.has(*one))
+        file && (!self.has_file() || shift(self) == shift(other)) && self.is_kernels() == other.is_kernels()
+    }
+
+    /// Whether calls that keep a mapping lead from one to the other, where they lie at the same addresses.
+    pub fn is_alike(&self, other: &Self) -> bool {
+        const FOR_LIFE: [Advice; 3] = [Advice::GrowsDown, Advice::Droppable, Advice::NoReserve];
+        self.shows_the_same(other) && FOR_LIFE.iter().all(|one| self.has(*one) == other.has(*one))
     }
 }
 

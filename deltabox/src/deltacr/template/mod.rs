@@ -10,7 +10,7 @@
 //! What must hold: P is as it was, whatever fails and whenever the engine dies. T shares nothing that P can write: shared
 //! writable mappings are left out of it ([`Memory`] lists them). A template is found again by its cgroup's name.
 //!
-//! [`Restore`] is the way back. `docs/templates.md` has the details and the numbers.
+//! [`restore_in_place`] is a way back. `docs/templates.md` has the details and the numbers.
 
 mod advise;
 mod error;
@@ -18,8 +18,14 @@ mod freezer;
 mod make;
 mod mapping;
 mod memory;
+mod pages;
+mod plan;
 mod reapers;
 mod remove;
+mod restore;
+mod source;
+mod threads;
+mod wares;
 
 pub use error::{TemplateError, TemplateRefusal};
 pub use freezer::Freezer;
@@ -27,3 +33,6 @@ pub use make::{Numbers, Request};
 pub use mapping::{Advice, Mapping, read_smaps};
 pub use memory::{Memory, Outline, Sections};
 pub use remove::Template;
+pub use restore::{Past, Report, restore_in_place};
+pub use source::Source;
+pub use threads::Threads;

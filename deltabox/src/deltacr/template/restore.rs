@@ -1,0 +1,306 @@
+//! Back in place: a process that is still alive gets the memory and registers again that it had.
+//!
+//! ```text
+//! check    the threads are the same; a plan for the mappings; nothing is lost. Until here it is unchanged.
+//! map      munmap, brk, mmap, mprotect, madvise, made by the process; then again, until the mappings are those wanted
+//! pages    which differ; dropped by the process, copied by the engine
+//! threads  registers, extended registers, signal masks
+//! ```
+//! Pages that were never written since are one page with the template's, so the work is that of what was written.
+
+use std::io;
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use libc::pid_t;
+
+use super::error::{TemplateError, TemplateRefusal, check, process};
+use super::make::call;
+use super::mapping::{Advice, Mapping, read_maps, read_smaps};
+use super::memory::{Memory, without};
+use super::pages;
+use super::plan::{Step, broken, covering, plan, whole};
+use super::source::{PAGE_BYTES, Pages, Source};
+use super::threads::Threads;
+use super::wares::Wares;
+use crate::deltacr::inject::{Call, Hand};
+use crate::deltacr::stop::Stopped;
+
+/// So often the mappings are looked at again (chosen: one look more than any known cause needs).
+const N_ATTEMPTS: usize = 3;
+
+/// What there was to do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Ranges that were unmapped.
+    pub n_unmapped: usize,
+    /// Ranges that were mapped again.
+    pub n_mapped: usize,
+    /// Ranges with another protection, advice or lock.
+    pub n_changed: usize,
+    /// Pages that were copied.
+    pub n_copied_pages: u64,
+    /// Pages that were dropped, for the checkpoint had none there.
+    pub n_dropped_pages: u64,
+    /// Pages that nobody had written to.
+    pub n_equal_pages: u64,
+    /// Threads whose registers were set.
+    pub n_threads: usize,
+    /// Until the mappings were right.
+    pub mappings: Duration,
+    /// Until it was known which pages differ.
+    pub comparison: Duration,
+    /// Until they were right.
+    pub pages: Duration,
+}
+
+/// What a process is to have again.
+#[derive(Clone, Copy, Debug)]
+pub struct Past<'a> {
+    /// Its mappings.
+    pub memory: &'a Memory,
+    /// Its pages.
+    pub source: &'a Source,
+    /// Its threads.
+    pub threads: &'a Threads,
+    /// Somebody has watched that no mapping has been advised, locked or unlocked since (mprotect, mmap and the like do
+    /// not matter). The kernel walks all pages to tell that.
+    pub advice_is_unchanged: bool,
+}
+
+/// Gives a stopped process the memory and the registers again that it had.
+///
+/// # Errors
+/// `Refused` with `Threads` or `Lost`: it is unchanged. Anything else: it is neither what it was nor what it should
+/// be, and must not be let go.
+pub fn restore_in_place(stopped: &mut Stopped, pid: pid_t, past: &Past<'_>) -> Result<Report, TemplateError> {
+    let begin = Instant::now();
+    let Past { memory, source, threads, advice_is_unchanged } = *past;
+    threads.check(stopped, pid)?;
+    let mut report = Report { n_threads: threads.n_threads(), ..Report::default() };
+    let mut hand = stopped.hand(pid)?;
+    let room = Room { pid, area: hand.area(), memory, advice_is_unchanged };
+    room.put_mappings(&mut hand, source, &mut report)?;
+    report.mappings = begin.elapsed();
+    let begin = Instant::now();
+    let present = Pages::of(pid).map_err(process("open the memory of", pid))?;
+    let wanted: Vec<Mapping> = room.wanted();
+    let differences = pages::find(source.pages(), &present, &wanted).map_err(process("compare the pages of", pid))?;
+    report.comparison = begin.elapsed();
+    let begin = Instant::now();
+    drop_pages(&mut hand, &wanted, &differences.dropped)?;
+    hand.close()?;
+    // A locked mapping, and one with pages made ahead, are copied to all the same.
+    pages::copy(source.pages(), &present, &differences.copied).map_err(process("copy the pages of", pid))?;
+    report.n_equal_pages = differences.n_equal;
+    report.n_copied_pages = n_pages(&differences.copied);
+    report.n_dropped_pages = n_pages(&differences.dropped);
+    report.pages = begin.elapsed();
+    threads.put_back(stopped, pid)?;
+    Ok(report)
+}
+
+fn n_pages(ranges: &[Range<u64>]) -> u64 {
+    ranges.iter().map(|range| (range.end - range.start) / PAGE_BYTES).sum()
+}
+
+/// A process's addresses but for the engine's area in it.
+struct Room<'a> {
+    pid: pid_t,
+    area: Range<u64>,
+    memory: &'a Memory,
+    advice_is_unchanged: bool,
+}
+
+impl Room<'_> {
+    fn wanted(&self) -> Vec<Mapping> {
+        let mut wanted = self.memory.mappings.clone();
+        without(&mut wanted, &self.area);
+        wanted
+    }
+
+    fn present(&self) -> Result<Vec<Mapping>, TemplateError> {
+        let read = if self.advice_is_unchanged { read_maps } else { read_smaps };
+        let mut present = read(self.pid).map_err(process("read the mappings of", self.pid))?;
+        if self.advice_is_unchanged {
+            for one in &mut present {
+                let was = covering(&self.memory.mappings, one.start).filter(|was| was.shows_the_same(one));
+                one.advice = was.map(|was| was.advice.clone()).unwrap_or_default();
+            }
+        }
+        without(&mut present, &self.area);
+        Ok(present)
+    }
+
+    fn put_mappings(&self, hand: &mut Hand<'_>, source: &Source, report: &mut Report) -> Result<(), TemplateError> {
+        let pid = self.pid;
+        let wanted = self.wanted();
+        let brk = hand.call(libc::SYS_brk, [0; 6])?.cast_unsigned();
+        let (now, then) = (brk.next_multiple_of(PAGE_BYTES), self.memory.brk.next_multiple_of(PAGE_BYTES));
+        let mut heap = now.min(then)..now.max(then);
+        for _ in 0..N_ATTEMPTS {
+            let present = self.present()?;
+            let mut steps = plan(pid, &wanted, &present, &heap)?;
+            if then > now && present.iter().any(|one| one.start < heap.end && heap.start < one.end) {
+                // Something else took the heap's place.
+                steps.insert(0, (heap.clone(), Step::Unmap));
+            }
+            if steps.is_empty() && brk_is(hand, self.memory.brk)? {
+                let parted = broken(&wanted, &present);
+                if parted.is_empty() {
+                    return Ok(());
+                }
+                for one in parted {
+                    steps.extend(whole(pid, one)?);
+                }
+            }
+            self.make(hand, source, &steps, report)?;
+            heap = 0..0;
+        }
+        let present = self.present()?;
+        if let Some((range, _)) = plan(pid, &wanted, &present, &heap)?.into_iter().next() {
+            return Err(TemplateRefusal::Unequal { pid, range }.into());
+        }
+        let parted = broken(&wanted, &present).first().map(|one| one.range());
+        let heap = (!brk_is(hand, self.memory.brk)?).then(|| now..then);
+        match parted.or(heap) {
+            Some(range) => Err(TemplateRefusal::Unequal { pid, range }.into()),
+            None => Ok(()),
+        }
+    }
+
+    fn make(
+        &self,
+        hand: &mut Hand<'_>,
+        source: &Source,
+        steps: &[(Range<u64>, Step)],
+        report: &mut Report,
+    ) -> Result<(), TemplateError> {
+        let pid = self.pid;
+        // The descriptors first: without room for them nothing has changed yet.
+        let wares = Wares::give(hand, source, steps)?;
+        let mut calls = Vec::new();
+        let unmaps = steps.iter().take_while(|(_, step)| *step == Step::Unmap).count();
+        for (range, _) in &steps[..unmaps] {
+            calls.push(call(libc::SYS_munmap, &[range.start, range.end - range.start]));
+        }
+        calls.push(call(libc::SYS_brk, &[self.memory.brk]));
+        let mut grown = Vec::new();
+        for (range, step) in &steps[unmaps..] {
+            match step {
+                Step::Grow => grown.push(range.start),
+                Step::Map(mapping) => {
+                    report.n_mapped += 1;
+                    calls.push(map_call(mapping, range, wares.number(mapping)));
+                }
+                step => {
+                    report.n_changed += 1;
+                    calls.push(change_call(range, step));
+                }
+            }
+        }
+        report.n_unmapped += unmaps;
+        calls.extend(wares.close_calls());
+        let results = hand.run(&calls)?;
+        for (result, call) in results.iter().zip(&calls) {
+            check(pid, name_of(call), *result)?;
+        }
+        if !grown.is_empty() {
+            let pages = Pages::of(pid).map_err(process("open the memory of", pid))?;
+            for at in grown {
+                pages.grow_stack(at).map_err(process("grow the stack of", pid))?;
+            }
+        }
+        name_new(hand, steps)
+    }
+}
+
+fn brk_is(hand: &mut Hand<'_>, wanted: u64) -> Result<bool, TemplateError> {
+    Ok(hand.call(libc::SYS_brk, [0; 6])?.cast_unsigned() == wanted)
+}
+
+fn map_call(mapping: &Mapping, range: &Range<u64>, number: Option<i32>) -> Call {
+    let optional = |advice, flag: i32| if mapping.has(advice) { flag } else { 0 };
+    let kind = if mapping.shared {
+        libc::MAP_SHARED
+    } else if mapping.has(Advice::Droppable) {
+        libc::MAP_DROPPABLE
+    } else {
+        libc::MAP_PRIVATE
+    };
+    let flags = kind
+        | libc::MAP_FIXED
+        | if number.is_some() { 0 } else { libc::MAP_ANONYMOUS }
+        | optional(Advice::NoReserve, libc::MAP_NORESERVE)
+        | optional(Advice::GrowsDown, libc::MAP_GROWSDOWN);
+    let descriptor = i64::from(number.unwrap_or(-1)).cast_unsigned();
+    let offset = if number.is_some() { mapping.offset_bytes + (range.start - mapping.start) } else { 0 };
+    let flags = flags.cast_unsigned().into();
+    call(libc::SYS_mmap, &[range.start, range.end - range.start, mapping.protection, flags, descriptor, offset])
+}
+
+fn change_call(range: &Range<u64>, step: &Step) -> Call {
+    let (start, len_bytes) = (range.start, range.end - range.start);
+    match step {
+        Step::Protect(protection) => call(libc::SYS_mprotect, &[start, len_bytes, *protection]),
+        Step::Advise(advice) => call(libc::SYS_madvise, &[start, len_bytes, advice.cast_unsigned().into()]),
+        Step::Lock => call(libc::SYS_mlock, &[start, len_bytes]),
+        Step::Unlock => call(libc::SYS_munlock, &[start, len_bytes]),
+        Step::Unmap | Step::Map(_) | Step::Grow => call(libc::SYS_munmap, &[start, 0]),
+    }
+}
+
+fn name_of(call: &Call) -> &'static str {
+    match call.nr {
+        libc::SYS_mmap => "mmap",
+        libc::SYS_munmap => "munmap",
+        libc::SYS_mprotect => "mprotect",
+        libc::SYS_madvise => "madvise",
+        libc::SYS_brk => "brk",
+        libc::SYS_mlock => "mlock",
+        libc::SYS_munlock => "munlock",
+        _ => "close",
+    }
+}
+
+/// Gives new mappings without a file the names that they had (PR_SET_VMA_ANON_NAME). Where the kernel knows no
+/// names they had none.
+fn name_new(hand: &mut Hand<'_>, steps: &[(Range<u64>, Step)]) -> Result<(), TemplateError> {
+    for (range, step) in steps {
+        let Step::Map(mapping) = step else { continue };
+        let Some(name) = mapping.name.strip_prefix("[anon:").and_then(|rest| rest.strip_suffix(']')) else { continue };
+        let at = hand.scratch().start;
+        hand.write(at, &[name.as_bytes(), &[0]].concat())?;
+        let (set, name) = (libc::PR_SET_VMA.cast_unsigned().into(), libc::PR_SET_VMA_ANON_NAME.cast_unsigned().into());
+        let args = [set, name, range.start, range.end - range.start, at];
+        check(hand.pid(), "prctl", hand.call(libc::SYS_prctl, call(0, &args).args)?)?;
+    }
+    Ok(())
+}
+
+/// Has the process drop pages: they are zeros, or the file's, again.
+fn drop_pages(hand: &mut Hand<'_>, wanted: &[Mapping], dropped: &[Range<u64>]) -> Result<(), TemplateError> {
+    let mut calls = Vec::new();
+    for range in dropped {
+        let mut at = range.start;
+        while at < range.end {
+            // One call for each mapping: locked ones want a word of their own.
+            let Some(mapping) = covering(wanted, at) else { break };
+            let end = range.end.min(mapping.end);
+            let locked = mapping.has(Advice::Locked);
+            let advice = if locked { libc::MADV_DONTNEED_LOCKED } else { libc::MADV_DONTNEED };
+            calls.push(call(libc::SYS_madvise, &[at, end - at, advice.cast_unsigned().into()]));
+            at = end;
+        }
+    }
+    if calls.is_empty() {
+        return Ok(());
+    }
+    let results = hand.run(&calls)?;
+    results.iter().try_for_each(|result| check(hand.pid(), "madvise", *result))
+}
+
+/// A file that must be mapped again could not be opened or handed over.
+pub(super) fn unopened(pid: pid_t) -> impl Fn(io::Error) -> TemplateError + Copy {
+    process("hand a file to", pid)
+}
