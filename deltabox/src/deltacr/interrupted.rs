@@ -126,10 +126,15 @@ pub(super) fn given_up(registers: &Registers) -> Option<Registers> {
 /// Registers that can be put back at another time: what the kernel keeps of a call that knows its time left is that of
 /// a later one then, so the call is made again from its beginning.
 pub(super) fn without_time_left(registers: &Registers) -> Registers {
-    if in_call(registers) && registers.rax == RESTART_BLOCK {
+    if knows_time_left(registers) {
         return Registers { rax: RESTART_NO_HANDLER, ..*registers };
     }
     *registers
+}
+
+/// Whether a call was interrupted of which the kernel keeps the time that is left.
+pub(super) fn knows_time_left(registers: &Registers) -> bool {
+    in_call(registers) && registers.rax == RESTART_BLOCK
 }
 
 /// What the kernel would do on the way back to the program, written into the registers: for a program that goes on

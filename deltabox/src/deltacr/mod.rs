@@ -16,6 +16,7 @@ mod rseq;
 pub mod stop;
 mod tasks;
 pub mod template;
+mod timed;
 mod timeouts;
 mod waits;
 

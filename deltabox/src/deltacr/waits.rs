@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use libc::{pid_t, user_regs_struct as Registers};
 
 use super::interrupted::{self, Timeout};
+use super::timed::TimedCalls;
 
 /// CF, PF, AF, ZF, SF, OF.
 const ARITHMETIC: u64 = 0x8d5;
@@ -26,6 +27,8 @@ const MARKS: [u64; 2] = [0x0c1, 0x8d0];
 #[derive(Debug, Default)]
 pub(super) struct Waits {
     waits: Vec<Wait>,
+    /// Those of which the kernel knows the time left.
+    pub(super) timed: TimedCalls,
 }
 
 /// How long a call may take and what it returns then.
@@ -58,6 +61,7 @@ impl Waits {
         now: Instant,
         read_limit: impl FnOnce(Timeout) -> Option<Limit>,
     ) -> Option<Registers> {
+        self.timed.see(tid, registers);
         let hidden = interrupted::hide_interruption(registers);
         if let Some(at) = self.waits.iter().position(|wait| wait.tid == tid) {
             let wait = &mut self.waits[at];
@@ -78,6 +82,11 @@ impl Waits {
         let mark = if registers.eflags & ARITHMETIC == MARKS[0] { MARKS[1] } else { MARKS[0] };
         self.waits.push(Wait { tid, own: *registers, mark, deadline, result: limit.result, seen: true });
         Some(Registers { eflags: registers.eflags & !ARITHMETIC | mark, ..hidden })
+    }
+
+    /// Forgets a thread's call: it has been put back to another time.
+    pub(super) fn forget(&mut self, tid: pid_t) {
+        self.waits.retain(|wait| wait.tid != tid);
     }
 
     /// Forgets the calls that were not seen since this was last called: their threads do something else.

@@ -3,7 +3,11 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <pthread.h>
+#include <sched.h>
+#include <stddef.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -12,7 +16,10 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { PAGE = 4096, N_THREADS = 6 };
@@ -90,6 +97,45 @@ static void *work(void *number) {
     }
     return NULL;
 }
+static volatile int n_short;
+static void *nap(void *nothing) {
+    for (;;) {
+        struct timespec begin, end, time = {0, 30000000};
+        clock_gettime(CLOCK_MONOTONIC, &begin);
+        int slept = nanosleep(&time, NULL);
+        clock_gettime(CLOCK_MONOTONIC, &end);
+        long ns = (end.tv_sec - begin.tv_sec) * 1000000000 + end.tv_nsec - begin.tv_nsec;
+        if (slept || ns < 30000000) n_short++;
+    }
+    return nothing;
+}
+// Refuses what making a template needs.
+static void filter(void) {
+    static const int refused[] = {SYS_clone3, SYS_socketpair, SYS_recvmsg, SYS_setsid, SYS_close_range, SYS_madvise};
+    struct sock_filter code[20] = {BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr))};
+    int n = 1;
+    for (unsigned i = 0; i < sizeof refused / sizeof *refused; i++) {
+        code[n++] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, refused[i], 0, 1);
+        code[n++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOSYS);
+    }
+    code[n++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+    struct sock_fprog program = {n, code};
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &program)) die("seccomp");
+}
+static int just_wait(void *nothing) { for (;;) pause(); return nothing == NULL; }
+// The child goes on; the parent, a subreaper, must see nothing but its end.
+static void found(void) {
+    prctl(PR_SET_CHILD_SUBREAPER, 1);
+    pid_t child = fork();
+    if (child == 0) { prctl(PR_SET_CHILD_SUBREAPER, 0); return; }
+    int status = 1, reaper = 0;
+    pid_t seen = waitpid(-1, &status, __WALL);
+    if (seen != child || status) { say("bad", "another child"); _exit(1); }
+    prctl(PR_GET_CHILD_SUBREAPER, &reaper);
+    if (waitpid(-1, NULL, __WALL) != -1 || !reaper || n_children != 1) { say("bad", "family"); _exit(1); }
+    say("end", NULL);
+    _exit(0);
+}
 static void take_turn(void) {
     pthread_mutex_lock(&lock);
     turn++;
@@ -145,6 +191,10 @@ static void begin(void) {
         while (n_waiting < N_THREADS) usleep(1000);
     }
     if (has("reaper")) prctl(PR_SET_CHILD_SUBREAPER, 1);
+    if (has("naps")) { pthread_t thread; if (pthread_create(&thread, NULL, nap, NULL)) die("pthread_create"); }
+    if (has("filtered")) filter();
+    if (has("cloned")) { char *stack = map(16 * PAGE, MAP_PRIVATE); if (clone(just_wait, stack + 16 * PAGE, CLONE_VM | SIGCHLD, NULL) < 0) die("clone"); }
+    if (has("family")) found();
 }
 
 static void change(void) {
@@ -237,6 +287,11 @@ static const char *compare(void) {
 
 static const char *look(void) {
     if (n_children) return "SIGCHLD";
+    if (n_short) return "a short sleep";
+    if (has("filtered")) {
+        int pair[2];
+        if (socketpair(AF_UNIX, SOCK_STREAM, 0, pair) != -1 || errno != ENOSYS) return "unfiltered";
+    }
     if (waitpid(-1, NULL, WNOHANG | __WALL) != -1 || errno != ECHILD) return "a child";
     for (int fd = 3; fd < 64; fd++) if (fcntl(fd, F_GETFD) != -1) return "a descriptor";
     int reaper = 0;

@@ -85,6 +85,7 @@ kinds! {
     a_template_has_pages_of_files "file",
     a_template_of_threads "threads",
     a_template_of_a_subreaper "reaper",
+    a_template_of_a_filtered_program "filtered,heap",
     a_template_of_everything EVERYTHING,
 }
 
@@ -202,4 +203,35 @@ fn a_template_is_found_again_by_its_group_and_a_lost_one_is_told() {
     let empty = Template::find(Freezer::open(path).expect("a group")).expect("look").expect_err("a template");
     empty.remove().expect("remove the group");
     subject.tell(b'c');
+}
+
+#[test]
+fn a_subreaper_above_sees_no_template() {
+    let mut subject = Subject::start("family,heap");
+    let procs = fs::read_to_string(subject.0.group.0.join("cgroup.procs")).expect("processes");
+    let parent = subject.0.pid().to_string();
+    let child: libc::pid_t = procs.lines().find(|pid| *pid != parent).expect("a child").parse().expect("a pid");
+    let (first, second) = (subject.freezer("t1"), subject.freezer("t2"));
+    let request = subject.request();
+    let (first, second) = subject.0.group.stopped(|stopped| {
+        let first = Template::make(stopped, child, first, &request).expect("a template");
+        let second = Template::make(stopped, child, second, &request).expect("a template");
+        (first.0, second.0)
+    });
+    subject.tell(b's');
+    remove(first);
+    remove(second);
+    subject.tell(b'c');
+    let last = subject.0.group.stopped(|stopped| stopped.processes().len());
+    assert_eq!(last, 2);
+    subject.0.byte();
+    assert_eq!(subject.0.finish(), "end");
+}
+
+#[test]
+fn processes_that_share_their_memory_are_refused() {
+    let subject = Subject::start("cloned");
+    let error = subject.make_and(&subject.request(), |_, _, _| {}).expect_err("a template was made");
+    let TemplateError::Refused(TemplateRefusal::SharedMemory { pid, other }) = error else { panic!("{error}") };
+    assert!(pid == subject.0.pid() && other != pid);
 }

@@ -2,6 +2,7 @@
 //!
 //! `tests/programs/memory.c` has memory of many kinds and judges itself; the tests look from outside too.
 
+mod killed;
 mod made;
 mod restored;
 #[path = "../stop_inject/target.rs"]

@@ -105,6 +105,7 @@ kinds! {
     pages_of_files_come_back "file",
     named_pages_come_back "named",
     threads_come_back "threads",
+    a_filtered_program_comes_back "filtered,heap",
     everything_comes_back
         "heap,huge,locked,guard,unforked,wiped,moved,gone,rebuilt,file,lazy,hole,named,brk,threads,stack",
 }
@@ -162,4 +163,31 @@ fn two_templates_of_one_program_are_apart() {
     remove(second.template);
     remove(first.template);
     subject.tell(b's');
+}
+
+#[test]
+fn sleeps_that_had_been_interrupted_before_begin_anew() {
+    let mut subject = Subject::start("naps");
+    let mut tracer = deltabox::deltacr::stop::Tracer::new();
+    let pid = subject.0.pid();
+    for _ in 0..10 {
+        // Stopped twice in one sleep: the second time the kernel's own restart is interrupted.
+        for _ in 0..3 {
+            assert!(subject.0.disturb_by(&mut tracer), "the program ended");
+        }
+        let (freezer, request) = (subject.freezer("t1"), subject.request());
+        let made = tracer.while_stopped(subject.0.group.request(crate::PATIENCE), |stopped| {
+            let threads = Threads::read(stopped, pid).expect("threads");
+            (Template::make(stopped, pid, freezer, &request).expect("a template"), threads)
+        });
+        let ((template, outline), threads) = made.expect("stop");
+        let memory = outline.complete(&template).expect("a description");
+        let point = Point { template, memory, threads };
+        for _ in 0..3 {
+            subject.roll_back(&point).expect("a rollback");
+            std::thread::sleep(std::time::Duration::from_millis(40));
+            subject.tell(b's');
+        }
+        remove(point.template);
+    }
 }

@@ -7,9 +7,9 @@ use nix::unistd::Pid;
 use super::error::{TemplateError, TemplateRefusal, process};
 use crate::deltacr::area::Memory;
 use crate::deltacr::frame::XSTATE_MAX_BYTES;
-use crate::deltacr::interrupted;
 use crate::deltacr::rseq::leave_critical_section;
 use crate::deltacr::stop::{Stopped, Thread};
+use crate::deltacr::timed::TimedCalls;
 use crate::sys::ptrace::{
     RseqConfiguration, get_robust_list, get_rseq_configuration, get_signal_mask, get_xstate, set_signal_mask, set_xstate,
 };
@@ -38,7 +38,8 @@ impl Threads {
     /// It is not among the stopped ones, or was killed.
     pub fn read(stopped: &Stopped, pid: pid_t) -> Result<Self, TemplateError> {
         let threads = threads_of(stopped, pid)?;
-        let records = threads.iter().map(|thread| Record::read(pid, thread)).collect::<Result<_, _>>()?;
+        let timed = &stopped.kept.waits.timed;
+        let records = threads.iter().map(|thread| Record::read(pid, thread, timed)).collect::<Result<_, _>>()?;
         Ok(Self { records })
     }
 
@@ -67,7 +68,7 @@ impl Threads {
         Ok(())
     }
 
-    /// Puts them back. Calls that waited begin their wait anew.
+    /// Puts them back. Calls that waited begin their wait anew, and what was remembered of waits is forgotten.
     pub(super) fn put_back(&self, stopped: &mut Stopped, pid: pid_t) -> Result<(), TemplateError> {
         let failed = process("set registers of", pid);
         for record in &self.records {
@@ -75,16 +76,17 @@ impl Threads {
             set_signal_mask(record.tid, record.mask).map_err(failed)?;
             setregs(Pid::from_raw(record.tid), record.registers).map_err(process("set registers of", pid))?;
             stopped.keep_registers(record.tid, record.registers);
+            stopped.kept.waits.forget(record.tid);
         }
         Ok(())
     }
 }
 
 impl Record {
-    fn read(pid: pid_t, thread: &Thread) -> Result<Self, TemplateError> {
+    fn read(pid: pid_t, thread: &Thread, timed: &TimedCalls) -> Result<Self, TemplateError> {
         let failed = process("read registers of", pid);
         let tid = thread.tid;
-        let mut registers = interrupted::without_time_left(&thread.registers);
+        let mut registers = timed.without_time_left(tid, &thread.registers);
         registers.rip = leave_critical_section(&Memory::of(pid, tid), tid, &registers).map_err(failed)?;
         let mut xstate = vec![0; XSTATE_MAX_BYTES];
         let filled = get_xstate(tid, &mut xstate).map_err(failed)?;
