@@ -31,6 +31,7 @@ static pthread_cond_t turned = PTHREAD_COND_INITIALIZER;
 static __thread uint64_t mine;
 static volatile uint64_t sums[N_THREADS], locals[N_THREADS];
 static char *heap, *huge, *locked, *guard, *unforked, *wiped, *shared, *moved, *gone, *file, *lazy, *named, *hole;
+static size_t big = 200 << 20;
 static char *rebuilt, *fresh, *breakpoint;
 static char data[3 * PAGE] = {1}, zero[5 * PAGE];
 
@@ -182,7 +183,13 @@ static void begin(void) {
     if (has("hole")) { hole = map(16 * PAGE, MAP_PRIVATE); fill(hole, 16 * PAGE, 13); madvise(hole + 4 * PAGE, 4 * PAGE, MADV_DONTNEED); }
     if (has("named")) { named = map(4 * PAGE, MAP_PRIVATE); fill(named, 4 * PAGE, 14); prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, named, 4 * PAGE, "a name"); }
     if (has("brk")) { breakpoint = sbrk(16 * PAGE); fill(breakpoint, 16 * PAGE, 15); breakpoint = sbrk(0); }
-    if (has("big")) { heap = map(200 << 20, MAP_PRIVATE); fill(heap, 200 << 20, 1); }
+    if (has("big")) {
+        if (getenv("BIG_MB")) big = (size_t)atoi(getenv("BIG_MB")) << 20;
+        heap = map(big + (2 << 20), MAP_PRIVATE);
+        heap = (char *)(((uintptr_t)heap + (2 << 20) - 1) & ~(uintptr_t)((2 << 20) - 1));
+        if (getenv("BIG_HUGE")) madvise(heap, big, MADV_HUGEPAGE);
+        fill(heap, big, 1);
+    }
     if (has("threads")) {
         for (long n = 0; n < N_THREADS; n++) {
             pthread_t thread;
@@ -223,7 +230,7 @@ static void change(void) {
     if (has("brk")) { memset(sbrk(64 * PAGE), 1, 64 * PAGE); }
     if (has("shrunk")) { sbrk(-8 * PAGE); }
     if (has("stack") && dig(40) < 0) die("dig");
-    if (has("big")) for (size_t at = 0; at < 200 << 20; at += 100 * PAGE) memset(heap + at, 1, 1);
+    if (has("big")) for (size_t at = 0; at < big; at += 100 * PAGE) memset(heap + at, 1, 1);
     if (has("threads")) { take_turn(); usleep(20000); take_turn(); }
     if (has("more")) { pthread_t thread; pthread_create(&thread, NULL, work, (void *)0); }
 }
@@ -269,7 +276,7 @@ static const char *compare(void) {
         if (!(sbrk(0) == breakpoint && holds(breakpoint - 16 * PAGE, 16 * PAGE, 15))) return "brk";
         if (sbrk(PAGE) != breakpoint || sbrk(-PAGE) != breakpoint + PAGE) return "sbrk";
     }
-    if (has("big") && !holds(heap, 200 << 20, 1)) return "big";
+    if (has("big") && !holds(heap, big, 1)) return "big";
     if (has("threads")) {
         if (turn != 0) return "turn";
         take_turn();

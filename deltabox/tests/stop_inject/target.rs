@@ -16,6 +16,9 @@ pub(crate) fn n_rounds() -> usize {
 
 /// Compiles a program, once for each version of its source, into cargo's directory for that.
 pub(crate) fn program(name: &str) -> PathBuf {
+    // One after the other: a program that runs keeps its name then.
+    static COMPILING: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let _compiling = COMPILING.lock();
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs").join(format!("{name}.c"));
     let time = |path: &Path| std::fs::metadata(path).and_then(|meta| meta.modified()).ok();

@@ -4,6 +4,7 @@
 
 mod killed;
 mod made;
+mod measured;
 mod restored;
 #[path = "../stop_inject/target.rs"]
 #[expect(dead_code, reason = "some of it is for tests of stops alone")]
