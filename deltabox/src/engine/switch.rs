@@ -106,13 +106,16 @@ pub(super) fn switch(
     let before = *span;
     let done = loop {
         *span = before;
-        span.end_of(Phase::Arm);
         // The last attempt too has time to stop them.
         let deadline = ground.deadline.max(Instant::now() + STOP_AT_LEAST);
         let request = Request { group: ground.group, excluded: &[ground.init], deadline };
         let attempt = tracer.while_stopped(request, |stopped| {
+            span.end_of_at(Phase::Arm, stopped.begun());
             span.end_of(Phase::Stop);
-            move_all(stopped, &namespace, &from, purpose, &mut next, span)
+            let moved = move_all(stopped, &namespace, &from, purpose, &mut next, span);
+            stopped.resume();
+            span.end_of(Phase::Resume);
+            moved
         });
         match attempt.map_err(SwitchError::from).flatten() {
             Err(SwitchError::Refused { passing: true, .. }) if Instant::now() + pause < ground.deadline => {
@@ -123,7 +126,6 @@ pub(super) fn switch(
             other => break other?,
         }
     };
-    span.end_of(Phase::Resume);
     let Done { n_processes, n_threads, n_descriptions } = done;
     Ok(match n_descriptions {
         None => Switched::Unchanged { n_processes, n_threads },

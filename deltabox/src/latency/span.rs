@@ -139,9 +139,13 @@ impl Span {
 
     /// Ends the phase that was running since the last call (or the beginning): this is what it was.
     pub fn end_of(&mut self, phase: Phase) {
-        let now = Instant::now();
-        self.add(phase, now - self.cut);
-        self.cut = now;
+        self.end_of_at(phase, Instant::now());
+    }
+
+    /// The same of a phase that ended a while ago, in the current one.
+    pub fn end_of_at(&mut self, phase: Phase, at: Instant) {
+        self.add(phase, at.saturating_duration_since(self.cut));
+        self.cut = self.cut.max(at);
     }
 
     /// A span with more phases than fit adds the rest to its last one: no time is lost.
