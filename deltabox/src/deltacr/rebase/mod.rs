@@ -18,6 +18,7 @@ mod find;
 mod give;
 mod listener;
 mod open;
+mod table;
 mod unlinked;
 mod watcher;
 
@@ -59,6 +60,8 @@ struct Seat {
     pid: pid_t,
     /// Its first thread.
     tid: pid_t,
+    /// The same as a pidfd.
+    task: OwnedFd,
     /// Descriptors to be replaced, unless another seat shares the table.
     holdings: Vec<Holding>,
     /// All descriptor numbers in use, sorted.
