@@ -40,6 +40,7 @@ pub(super) fn settle(stopped: &mut Stopped, request: Request<'_>) -> Result<(), 
         // After the deadline nothing new is begun, but what was interrupted is waited for: it can be let go then.
         let late = Instant::now() >= request.deadline;
         crate::fault::point("stop.interrupted").map_err(faulted)?;
+        stopped.follow();
         let stuck = wait_all(stopped, request.deadline)?;
         if !stuck.is_empty() {
             stopped.resume();

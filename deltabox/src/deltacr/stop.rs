@@ -31,7 +31,7 @@ use super::error::StopError;
 use super::frame::{self, XSTATE_MAX_BYTES};
 use super::halt::{self, Halt, PATIENCE, TICK};
 use super::inject::Hand;
-use super::tasks::Lists;
+use super::tasks::{self, Lists};
 use super::waits::Waits;
 use super::{InjectError, interrupted};
 use crate::sys::ptrace::{resume, wait_thread};
@@ -96,8 +96,8 @@ impl Tracer {
         let kept = std::mem::take(&mut self.kept);
         let tracer = || {
             let alarm = Alarm::new().map_err(|source| StopError::Tracer { op: "make a timer", source })?;
-            let lists = Lists::open(request.group)
-                .map_err(|(path, source)| StopError::Group { op: "open", path, source })?;
+            let lists =
+                Lists::open(request.group).map_err(|(path, source)| StopError::Group { op: "open", path, source })?;
             let mut stopped = Stopped::new(alarm, kept, lists);
             let result = stop(&mut stopped, request).map(|()| work(&mut stopped));
             stopped.resume();
@@ -181,6 +181,15 @@ impl Stopped {
             alarm,
             kept,
             not_send: PhantomData,
+        }
+    }
+
+    /// Pins the tracer to where a process is that has been interrupted: the way there is part of the wait for it.
+    pub(super) fn follow(&mut self) {
+        let known =
+            self.kept.known.iter().find(|known| self.processes.first().is_some_and(|first| first.pid == known.pid));
+        if let Some(Ok(Some(stat))) = known.map(|known| tasks::reread_stat(&known.stat)) {
+            self.pin_to(stat.cpu);
         }
     }
 
@@ -309,7 +318,6 @@ fn stop(stopped: &mut Stopped, request: Request<'_>) -> Result<(), StopError> {
         halt::calm(stopped);
     }
     stopped.alarm.deafen().map_err(timer)?;
-    stopped.alarm.disarm().map_err(timer)?;
     settled?;
     if !stopped.kept.orphans_finished {
         finish_all_orphans(stopped)?;

@@ -195,14 +195,19 @@ impl LiveLayer {
 
     /// Whether nothing was written to it. True for sure only while nobody can write.
     pub fn is_unchanged(&self) -> io::Result<bool> {
+        Ok(!self.has_entries()? && self.root_look()? == self.record.root)
+    }
+
+    /// Whether anything is in it.
+    fn has_entries(&self) -> io::Result<bool> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let mut dir = nix::dir::Dir::openat(&self.upper, c".", flags, Mode::empty())?;
         for entry in dir.iter() {
             if !matches!(entry?.file_name().to_bytes(), b"." | b"..") {
-                return Ok(false);
+                return Ok(true);
             }
         }
-        Ok(self.root_look()? == self.record.root)
+        Ok(false)
     }
 }
 

@@ -15,6 +15,7 @@ mod error;
 mod fdinfo;
 mod fifo;
 mod find;
+mod gifts;
 mod give;
 mod listener;
 mod open;

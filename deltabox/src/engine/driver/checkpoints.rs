@@ -35,6 +35,8 @@ const MAX_LAYERS: usize = 480;
 struct Armed {
     layer: LiveLayer,
     mount: OwnedFd,
+    /// How its root looks.
+    look: RootLook,
 }
 
 impl Driver {
@@ -64,16 +66,18 @@ impl Driver {
         }
         let ground = Ground { init, group: &group, deadline: Instant::now() + DEADLINE };
         let next = || {
-            if live.is_unchanged()? {
+            // What had changed before the stop is not looked at again.
+            if armed.is_none() && live.is_unchanged()? {
                 return Ok(None);
             }
             let look = live.root_look()?;
-            let next = match &armed {
+            let next = match &mut armed {
                 Some(next) => next,
                 None => armed.insert(arm.arm(look.clone()).map_err(io::Error::other)?),
             };
-            if RootLook::of(next.mount.as_fd())? != look {
+            if next.look != look {
                 look.apply(next.mount.as_fd())?;
+                next.look = look.clone();
             }
             frozen_look = Some(look);
             next.mount.try_clone().map(Some)
@@ -150,7 +154,7 @@ impl Driver {
         let Some(footing) = footing.as_ref() else { return Err(Error::ShuttingDown) };
         let below = engine.0.layers.chain(target.top).map_err(damaged)?;
         let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: target.id };
-        let Armed { layer, mount } = arm.arm(target.root.clone())?;
+        let Armed { layer, mount, .. } = arm.arm(target.root.clone())?;
         let ground = Ground { init, group: &group, deadline: Instant::now() + DEADLINE };
         let switched = switch(&mut self.tracer, &ground, Purpose::Discard, || mount.try_clone().map(Some), span);
         let switched = self.after_switch(switched, Some(layer), "roll back")?;
@@ -323,7 +327,7 @@ impl Arm<'_> {
         let failed = |op| io_error(op, self.dir);
         let parent = self.below.first().copied();
         let (layers, head) = (&self.engine.0.layers, Some(self.head.to_string()));
-        let layer = layers.create(parent, &self.manifest.id, head, look).map_err(failed("make a layer for"))?;
+        let layer = layers.create(parent, &self.manifest.id, head, look.clone()).map_err(failed("make a layer for"))?;
         let id = layer.record().id;
         self.manifest.next = Some(id);
         let mounted = self
@@ -336,7 +340,7 @@ impl Arm<'_> {
             let _ = layers.remove(id);
             failed("mount the next root of")(source)
         })?;
-        Ok(Armed { layer, mount })
+        Ok(Armed { layer, mount, look })
     }
 }
 

@@ -204,9 +204,10 @@ impl<'a> Bench<'a> {
     fn stop(&self) -> anyhow::Result<Duration> {
         let deadline = Instant::now() + PATIENCE;
         let request = Request { group: &self.group, excluded: &[self.init], deadline };
-        let begun = Instant::now();
-        let n = while_stopped(request, |stopped| stopped.processes().len())?;
-        let took = begun.elapsed();
+        let (n, took) = while_stopped(request, |stopped| {
+            stopped.resume();
+            (stopped.processes().len(), stopped.begun().elapsed())
+        })?;
         ensure!(n == self.cell.n_processes, "{n} processes stopped, not {}", self.cell.n_processes);
         Ok(took)
     }
