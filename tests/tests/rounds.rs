@@ -4,7 +4,7 @@
 //! without a gap: from the parent's last on, or, if a rollback lies in between, from the last one that the discarded
 //! layer got. The layers are read where they lie in the store.
 
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a broken assumption of a helper ends its story")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a broken assumption of a helper ends its story")]
 
 use std::collections::BTreeMap;
 use std::collections::hash_map::DefaultHasher;
