@@ -79,7 +79,7 @@ struct Finder<'a> {
     from: &'a Root,
     /// A task of each descriptor table seen, in kcmp's order.
     tables: Vec<pid_t>,
-    /// Descriptions that look alike: only those have to be compared.
+    /// Descriptions that look alike, in kcmp's order: only those have to be compared.
     known: BTreeMap<(u64, i32, i64), Vec<Found>>,
     descriptions: Vec<Description>,
     /// Device of the old root, as fdinfo shows it.
@@ -126,17 +126,11 @@ impl Finder<'_> {
 
     /// Whether no process before has this task's descriptor table.
     fn is_new_table(&mut self, tid: pid_t) -> io::Result<bool> {
-        let (mut low, mut high) = (0, self.tables.len());
-        while low < high {
-            let middle = usize::midpoint(low, high);
-            match compare(self.tables[middle], tid, Compared::Tables)? {
-                Ordering::Equal => return Ok(false),
-                Ordering::Less => low = middle + 1,
-                Ordering::Greater => high = middle,
-            }
+        let found = search(&self.tables, |known| compare(*known, tid, Compared::Tables))?;
+        if let Err(at) = found {
+            self.tables.insert(at, tid);
         }
-        self.tables.insert(low, tid);
-        Ok(true)
+        Ok(found.is_err())
     }
 
     fn look_at(
@@ -179,22 +173,23 @@ impl Finder<'_> {
     /// The index of the description behind a descriptor; `None`: it does not depend on the old mount.
     fn description(
         &mut self,
-        at: (pid_t, pid_t, i32),
+        task: (pid_t, pid_t, i32),
         link: Link,
         mut info: FdInfo,
         table: &Table,
         cwd: Option<&Place>,
     ) -> Result<Option<usize>, RebaseError> {
-        let (pid, tid, number) = at;
+        let (pid, tid, number) = task;
         let failed = |op| move |source| RebaseError::Process { op, pid, source };
         info.flags &= !libc::O_CLOEXEC;
         let key = (info.ino, info.flags, info.position);
-        for &(other_tid, other, index) in self.known.get(&key).into_iter().flatten() {
-            let same = compare(other_tid, tid, Compared::Descriptions(other, number));
-            if same.map_err(failed("compare the descriptors"))? == Ordering::Equal {
-                return Ok(Some(index));
-            }
-        }
+        let alike = self.known.get(&key).map_or(&[][..], Vec::as_slice);
+        let found =
+            search(alike, |(other_tid, other, _)| compare(*other_tid, tid, Compared::Descriptions(*other, number)));
+        let at = match found.map_err(failed("compare the descriptors"))? {
+            Ok(at) => return Ok(Some(alike[at].2)),
+            Err(at) => at,
+        };
         let old = table.copy(number).map_err(failed("copy a descriptor"))?;
         let look = stat(old.as_fd()).map_err(failed("look at a descriptor"))?;
         let (place, kind) = if info.mount == self.from.mount() {
@@ -221,7 +216,7 @@ impl Finder<'_> {
             (Place { path: c"inotify".into(), stat: look, unlinked: true }, Kind::Watcher(watcher))
         };
         let index = self.descriptions.len();
-        self.known.entry(key).or_default().push((tid, number, index));
+        self.known.entry(key).or_default().insert(at, (tid, number, index));
         self.descriptions.push(Description { old: Some(old), place, info, kind, new: None });
         Ok(Some(index))
     }
@@ -288,6 +283,20 @@ impl Finder<'_> {
         }
         Ok(mappings)
     }
+}
+
+/// Where in a sorted list something is, or where it belongs.
+fn search<T>(sorted: &[T], mut compare: impl FnMut(&T) -> io::Result<Ordering>) -> io::Result<Result<usize, usize>> {
+    let (mut low, mut high) = (0, sorted.len());
+    while low < high {
+        let middle = usize::midpoint(low, high);
+        match compare(&sorted[middle])? {
+            Ordering::Equal => return Ok(Ok(middle)),
+            Ordering::Less => low = middle + 1,
+            Ordering::Greater => high = middle,
+        }
+    }
+    Ok(Err(low))
 }
 
 /// How long a process that was killed may take to end (chosen: it needs a CPU and microseconds).

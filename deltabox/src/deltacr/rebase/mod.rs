@@ -19,6 +19,7 @@ mod gifts;
 mod give;
 mod listener;
 mod open;
+mod position;
 mod table;
 mod unlinked;
 mod watcher;
