@@ -21,13 +21,6 @@ struct Program {
 }
 
 impl Program {
-    fn start(prepare: &str, code: &str) -> Self {
-        let host = Host::start();
-        host.create("box");
-        host.sh("box", prepare).ok();
-        Self::start_in(host, code)
-    }
-
     fn start_in(host: Host, code: &str) -> Self {
         let code = format!("{STEPS}{code}");
         let pid = host.cli(["exec", "-d", "box", "--", "/usr/bin/python3", "-c", &code]).ok();
@@ -49,10 +42,11 @@ impl Program {
 
     /// What it has printed, once it has ended.
     fn end(&self) -> String {
+        let pid: i64 = self.pid.parse().expect("a PID");
         wait_until("the program ends", || {
             let report = self.host.cli(["inspect", "box", "--json"]).json();
             let execs = report["execs"].as_array().expect("execs");
-            execs.iter().any(|exec| exec["pid"].to_string() == self.pid && !exec["exit"].is_null())
+            execs.iter().any(|exec| exec["pid"] == pid && !exec["exit"].is_null())
         });
         self.host.cli(["logs", "box", &self.pid]).ok()
     }
@@ -96,7 +90,8 @@ fn a_directory_that_is_read_across_checkpoints_gives_each_name_once() {
             checkpoint(&host);
         }
         if more.ends_with("touch") {
-            host.sh("box", "cd /srv/d; seq -f f%.0f 0 5 900 | xargs chmod 600; touch more; rm f1; touch f1; rm more").ok();
+            host.sh("box", "cd /srv/d; seq -f f%.0f 0 5 900 | xargs chmod 600; touch more; rm f1; touch f1; rm more")
+                .ok();
         }
         let program = Program::start_in(host, REMOVER);
         program.at(700, checkpoint);

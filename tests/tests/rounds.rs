@@ -174,7 +174,7 @@ fn hash_tree(top: &Path) -> u64 {
 }
 
 /// What must not grow from round to round.
-#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug)]
 struct Held {
     daemon_descriptors: usize,
     init_descriptors: usize,
@@ -184,14 +184,29 @@ struct Held {
     program_maps: usize,
 }
 
+impl Held {
+    /// No count is above that of `was`. The daemon may have two threads more: how busy its pool was is chance.
+    fn is_within(&self, was: &Self) -> bool {
+        self.daemon_descriptors <= was.daemon_descriptors
+            && self.init_descriptors <= was.init_descriptors
+            && self.daemon_threads <= was.daemon_threads + 2
+            && self.mounts <= was.mounts
+            && self.program_descriptors <= was.program_descriptors
+            && self.program_maps <= was.program_maps
+    }
+}
+
 fn held(host: &Host, program: Pid) -> Held {
     let n_lines = |path: &str| fs::read_to_string(path).unwrap().lines().count();
+    // Other tests mount and unmount beside this one.
+    let (store, mounts) = (host.store(), fs::read_to_string("/proc/self/mountinfo").unwrap());
+    let own_mounts = mounts.lines().filter(|line| line.contains(store.to_str().unwrap())).count();
     let (daemon, init) = (host.daemon_pid(), init(host));
     Held {
         daemon_descriptors: n_descriptors(daemon),
         init_descriptors: n_descriptors(init),
         daemon_threads: fs::read_dir(format!("/proc/{daemon}/task")).unwrap().count(),
-        mounts: n_lines(&format!("/proc/{init}/mountinfo")) + n_lines("/proc/self/mountinfo"),
+        mounts: n_lines(&format!("/proc/{init}/mountinfo")) + own_mounts,
         program_descriptors: n_descriptors(program),
         program_maps: n_lines(&format!("/proc/{program}/maps")),
     }
@@ -255,15 +270,12 @@ fn nothing_is_lost_changed_or_leaked_in_rounds_without_end() {
     let host = &rounds.host;
     // What was left last goes in the background.
     let end = std::time::Instant::now() + Duration::from_secs(30);
-    while held(host, program) > was && std::time::Instant::now() < end {
+    while !held(host, program).is_within(&was) && std::time::Instant::now() < end {
         std::thread::sleep(Duration::from_millis(20));
     }
     let is = held(host, program);
     println!("{n} rounds, {:?} writes; {was:?}, then {is:?}", rounds.last);
-    assert!(is.daemon_descriptors <= was.daemon_descriptors, "{was:?} {is:?}");
-    assert_eq!((is.init_descriptors, is.mounts), (was.init_descriptors, was.mounts));
-    assert_eq!((is.program_descriptors, is.program_maps), (was.program_descriptors, was.program_maps));
-    assert!(is.daemon_threads <= was.daemon_threads + 2, "{was:?} {is:?}");
+    assert!(is.is_within(&was), "{was:?}, then {is:?}");
     let grown = resident_bytes(host.daemon_pid()).saturating_sub(memory);
     assert!(grown < 16 << 20, "the daemon grew by {grown} bytes");
     assert!(device(host) < minor + 32, "device {minor}, then {}", device(host));
