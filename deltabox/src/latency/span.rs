@@ -16,6 +16,8 @@ pub enum Operation {
     Checkpoint,
     /// From the request to programs that run on in the target's state.
     Rollback,
+    /// Layers become one in the background: from the order to the new one in its place.
+    Merge,
 }
 
 /// A part of an operation. Every nanosecond of a span belongs to exactly one phase.
@@ -61,6 +63,8 @@ pub enum Phase {
     Resume,
     /// Written to disk (`--durable`).
     Sync,
+    /// What layers hold is copied into one.
+    Copy,
 }
 
 impl Operation {
@@ -72,6 +76,7 @@ impl Operation {
             Self::Remove => "rm",
             Self::Checkpoint => "checkpoint",
             Self::Rollback => "rollback",
+            Self::Merge => "merge",
         }
     }
 }
@@ -100,6 +105,7 @@ impl Phase {
             Self::Seal => "seal",
             Self::Resume => "resume",
             Self::Sync => "sync",
+            Self::Copy => "copy",
         }
     }
 }
