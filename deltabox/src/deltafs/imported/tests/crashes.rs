@@ -152,7 +152,7 @@ fn memory_does_not_grow_with_the_archive() {
     header.set_mode(0o644);
     header.set_cksum();
     let mut many = Tar::default();
-    for i in 0..8_000 {
+    for i in 0..2_000 {
         many = many.file(&format!("d{}/f{i}", i % 100), b"small");
     }
     let many = many.end();
