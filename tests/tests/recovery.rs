@@ -210,16 +210,12 @@ fn a_move_that_an_engine_cannot_finish_is_finished_by_a_later_one() {
     }
 }
 
-#[test]
-fn a_stack_takes_480_layers_and_no_more() {
-    if skipped_without_root() {
-        return;
-    }
+/// A sandbox whose checkpoint `c1` has 479 layers, made by hand: empty ones upon the first.
+fn with_479_layers(merge_above: &str) -> Host {
     let mut host = Host::start();
-    host.create("box");
+    host.cli(["create", "box", "--merge-above", merge_above]).ok();
     write(&host, "old");
     checkpoint(&host);
-    // As many frozen layers as a live one can lie on, made by hand: empty ones upon the first.
     host.end_daemon(Signal::SIGTERM);
     let layers = host.store().join("layers");
     let json = |path: &Path| -> Value { serde_json::from_slice(&fs::read(path).expect("read")).expect("JSON") };
@@ -230,6 +226,7 @@ fn a_stack_takes_480_layers_and_no_more() {
         fs::create_dir(dir.join("upper")).expect("make a layer");
         let mut record = record.clone();
         (record["id"], record["parent"]) = (Value::from(id), Value::from(if id == 3 { 1 } else { id - 1 }));
+        record["depth"] = Value::from(id - 2);
         fs::write(dir.join("layer.json"), record.to_string()).expect("write a record");
     }
     let file = host.store().join("sandboxes/box/checkpoints/c1.json");
@@ -240,6 +237,15 @@ fn a_stack_takes_480_layers_and_no_more() {
     assert_eq!(node(&host, "c1")["n_layers"], 479);
     rollback(&host, "c1");
     assert_eq!(read(&host), "old");
+    host
+}
+
+#[test]
+fn a_stack_takes_480_layers_and_no_more() {
+    if skipped_without_root() {
+        return;
+    }
+    let host = with_479_layers("480");
     // Nothing to freeze, so there is room for it.
     checkpoint(&host);
     write(&host, "new");
@@ -247,6 +253,21 @@ fn a_stack_takes_480_layers_and_no_more() {
     assert_eq!(refused.code(), 3, "{refused:?}");
     assert!(refused.error()["hint"].as_str().expect("a hint").contains("roll back"));
     assert_eq!(read(&host), "new");
+    rollback(&host, "c1");
+    assert_eq!(read(&host), "old");
+}
+
+#[test]
+fn a_checkpoint_without_room_waits_for_a_merge() {
+    if skipped_without_root() {
+        return;
+    }
+    let host = with_479_layers("32");
+    for n in 0..3 {
+        write(&host, &n.to_string());
+        checkpoint(&host);
+    }
+    assert_eq!(read(&host), "2");
     rollback(&host, "c1");
     assert_eq!(read(&host), "old");
 }

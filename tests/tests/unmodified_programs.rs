@@ -33,7 +33,11 @@ impl<'a> Story<'a> {
 
     /// The command in a sandbox of the host, not yet started.
     fn command(&self, host: &Host, sandbox: &str, rounds: &str) -> std::process::Command {
-        host.cli(["create", sandbox].into_iter().map(str::to_owned).chain(self.create.iter().cloned())).ok();
+        // Merges under way too.
+        host.cli(
+            ["create", "--merge-above", "4", sandbox].into_iter().map(str::to_owned).chain(self.create.iter().cloned()),
+        )
+        .ok();
         let program = format!("{ROUNDS}\n{}", self.program);
         let mut words = vec!["exec".to_owned(), sandbox.to_owned()];
         let own = [("ROUNDS", rounds.to_owned()), ("PROGRAM", program.clone())];

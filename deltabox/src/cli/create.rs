@@ -42,6 +42,9 @@ pub(super) struct SpecArgs {
     /// Environment of every command (repeatable).
     #[arg(long, value_name = "K=V", value_parser = parse::parse_env)]
     env: Vec<String>,
+    /// Merge layers in the background when checkpoints have made more of them than this; 480: never.
+    #[arg(long, value_name = "N", default_value_t = SandboxSpec::default().merge_above, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(2..=480))]
+    merge_above: usize,
 }
 
 fn parse_net(text: &str) -> Result<Net, String> {
@@ -60,7 +63,7 @@ impl SpecArgs {
             _ => return Err(Failure::usage("--with goes with `--base host` only", "see `deltabox help create`")),
         };
         let limits = Limits { memory_bytes: self.memory, n_pids: self.pids };
-        Ok(SandboxSpec { base, net: self.net, limits, env: self.env })
+        Ok(SandboxSpec { base, net: self.net, limits, env: self.env, merge_above: self.merge_above })
     }
 }
 

@@ -32,11 +32,11 @@ impl Alarm {
         Ok(Self { timer: Timer::new(ClockId::CLOCK_MONOTONIC, event)?, first: None })
     }
 
-    /// Interrupts from `first` on (up to a fifth later), every `every`, until [`Alarm::deafen`].
+    /// Interrupts from `first` on (up to a fifth later, or earlier if that is how it was armed last: it is the caller
+    /// who knows the time), every `every`, until [`Alarm::deafen`].
     pub(super) fn listen(&mut self, first: Duration, every: Duration) -> io::Result<()> {
-        let earliest = Instant::now() + first;
-        let latest = earliest + first / 5;
-        if self.first.is_none_or(|at| at < earliest || at > latest) {
+        let latest = Instant::now() + first + first / 5;
+        if self.first.is_none_or(|at| at > latest) {
             // Zero would disarm.
             let ahead = (first + first / 5).max(Duration::from_micros(1));
             self.timer.set(Expiration::IntervalDelayed(ahead.into(), every.into()), TimerSetTimeFlags::empty())?;
@@ -49,11 +49,5 @@ impl Alarm {
     /// and the next time it is needed comes soon.
     pub(super) fn deafen(&self) -> io::Result<()> {
         Ok(SigSet::from(INTERRUPTION).thread_block()?)
-    }
-
-    /// Ends the timer's ticks.
-    pub(super) fn disarm(&mut self) -> io::Result<()> {
-        self.first = None;
-        Ok(self.timer.set(Expiration::OneShot(Duration::ZERO.into()), TimerSetTimeFlags::empty())?)
     }
 }

@@ -1,7 +1,7 @@
 //! The way to a stop: find the threads, seize and interrupt them, wait for each, until none is new.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use libc::pid_t;
@@ -35,31 +35,32 @@ pub(super) enum Halt {
 }
 
 pub(super) fn settle(stopped: &mut Stopped, request: Request<'_>) -> Result<(), StopError> {
-    let procs = request.group.join("cgroup.procs");
-    let mut late = false;
     loop {
-        let n_new = seize_new(stopped, &procs, &request)?;
-        if n_new > 0 {
-            // After the deadline nothing new is begun, but what was interrupted is waited for: it can be let go then.
-            late = Instant::now() >= request.deadline;
-        }
+        seize_new(stopped, &request)?;
+        // After the deadline nothing new is begun, but what was interrupted is waited for: it can be let go then.
+        let late = Instant::now() >= request.deadline;
         crate::fault::point("stop.interrupted").map_err(faulted)?;
+        stopped.follow();
         let stuck = wait_all(stopped, request.deadline)?;
         if !stuck.is_empty() {
-            stopped.release();
+            stopped.resume();
             for (pid, tid) in stuck {
                 wait_unstuck(stopped, pid, tid, request.deadline)?;
             }
             seize_released(stopped);
             continue;
         }
-        if n_new == 0 && read_all(stopped)? && is_complete(stopped, &request)? {
+        if is_complete(stopped, &request)? && read_all(stopped)? && is_complete(stopped, &request)? {
             return crate::fault::point("stop.halted").map_err(faulted);
         }
         if late {
             return Err(StopRefusal::Unsettled { n_threads: stopped.n_threads() }.into());
         }
     }
+}
+
+fn unread((path, source): (PathBuf, io::Error)) -> StopError {
+    StopError::Group { op: "read", path, source }
 }
 
 fn faulted(source: io::Error) -> StopError {
@@ -74,11 +75,9 @@ fn seize_released(stopped: &mut Stopped) {
     stopped.processes.retain(|process| !process.threads.is_empty());
 }
 
-/// Seizes and interrupts what is not seized yet; how many threads that were, and processes that have to be looked at again.
-fn seize_new(stopped: &mut Stopped, procs: &Path, request: &Request<'_>) -> Result<usize, StopError> {
-    let group = |source| StopError::Group { op: "read", path: PathBuf::from(procs), source };
-    let mut n_new = 0;
-    for pid in tasks::scan_group(procs).map_err(group)? {
+/// Seizes and interrupts what is not seized yet.
+fn seize_new(stopped: &mut Stopped, request: &Request<'_>) -> Result<(), StopError> {
+    for pid in stopped.lists.processes().map_err(unread)? {
         if request.excluded.contains(&pid) {
             continue;
         }
@@ -104,19 +103,9 @@ fn seize_new(stopped: &mut Stopped, procs: &Path, request: &Request<'_>) -> Resu
             let registers = super::frame::zero_registers();
             let thread = Thread { tid, registers, group_stopped: false, halted: false };
             stopped.processes[at].threads.push(thread);
-            n_new += 1;
-        }
-        if stopped.processes[at].threads.is_empty() && !is_dead(pid).map_err(group)? {
-            // In the middle of an exec by another thread than the leader none may have been met.
-            n_new += 1;
         }
     }
-    Ok(n_new)
-}
-
-/// Whether all threads of a process have ended.
-fn is_dead(pid: pid_t) -> io::Result<bool> {
-    Ok(tasks::read_stat(pid, pid)?.is_some_and(|stat| matches!(stat.state, 'Z' | 'X') && stat.n_threads <= 1))
+    Ok(())
 }
 
 /// Seizes and interrupts one thread; `false` if there is nothing to stop (it is dead).
@@ -297,8 +286,7 @@ pub(super) fn refuse(pid: pid_t, tid: pid_t) -> StopRefusal {
 /// Whether all threads of the group are among the stopped ones: the kernel's own list of its tasks, for during an exec a
 /// process can escape a scan by its leader.
 fn is_complete(stopped: &Stopped, request: &Request<'_>) -> Result<bool, StopError> {
-    let path = request.group.join("cgroup.threads");
-    let tids = tasks::scan_group(&path).map_err(|source| StopError::Group { op: "read", path, source })?;
+    let tids = stopped.lists.threads().map_err(unread)?;
     let is_stopped = |tid| stopped.processes.iter().any(|process| process.threads.iter().any(|t| t.tid == tid));
     let is_excluded = |tid| request.excluded.iter().any(|pid| tasks::is_thread_of(*pid, tid));
     // One that is gone may have become the leader meanwhile: the next scan tells.

@@ -98,7 +98,8 @@ impl<'a> Hand<'a> {
                 let file = tasks::open_stat(pid, tid).map_err(failed("read the state of"))?;
                 let Some(place) = Place::find(pid, tid, &memory).map_err(failed("read the vdso of"))? else {
                     let stat = tasks::reread_stat(&file).map_err(failed("read the state of"))?;
-                    let lives = stat.is_some_and(|stat| !matches!(stat.state, 'Z' | 'X'));
+                    // What was killed lost its memory before it becomes a zombie.
+                    let lives = stat.is_some_and(|stat| stat.state == 't');
                     return Err(if lives {
                         InjectRefusal::NoPlace { pid }.into()
                     } else {

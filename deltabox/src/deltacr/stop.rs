@@ -4,16 +4,16 @@
 //! a thread that cannot be stopped cannot be detached either, but the end of its tracer frees it, unchanged.
 //!
 //! ```text
-//! scan cgroup.procs, /proc/PID/task --> seize, interrupt --> wait for each --> cgroup.threads all there? --> Stopped
+//! scan cgroup.procs, /proc/PID/task --> seize, interrupt --> wait for each --> cgroup.threads: all halted? --> Stopped
 //!        ^                                                       |  one is in an uninterruptible sleep (vfork)
 //!        +------ it stopped <------ let all others run <---------+--> deadline: refused
 //! ```
 //!
 //! New threads and processes are found by scanning again, not by PTRACE_O_TRACECLONE: a seized thread stops at the
-//! end of the call it is in, so it makes at most one more. At the end nothing was new, all are still stopped, and the
-//! kernel's own list of the group's tasks has no other that lives: then nothing is left that could make one. (The list
-//! of processes alone misses one that another of its threads replaces by an exec.) Events would add a stop for each
-//! clone and a second kind of stop, from which nothing can be injected.
+//! end of the call it is in, so it makes at most one more. At the end the kernel's own list of the group's tasks has none
+//! that lives but those, they are all still stopped, and so it is when it is read once more: then nothing is left that
+//! could make one. (The list of processes alone misses one that another of its threads replaces by an exec.) Events
+//! would add a stop for each clone and a second kind of stop, from which nothing can be injected.
 
 use std::io;
 use std::marker::PhantomData;
@@ -21,7 +21,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use libc::{pid_t, user_regs_struct as Registers};
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::ptrace;
 use nix::unistd::Pid;
 
@@ -31,6 +31,7 @@ use super::error::StopError;
 use super::frame::{self, XSTATE_MAX_BYTES};
 use super::halt::{self, Halt, PATIENCE, TICK};
 use super::inject::Hand;
+use super::tasks::{self, Lists};
 use super::waits::Waits;
 use super::{InjectError, interrupted};
 use crate::sys::ptrace::{resume, wait_thread};
@@ -95,9 +96,11 @@ impl Tracer {
         let kept = std::mem::take(&mut self.kept);
         let tracer = || {
             let alarm = Alarm::new().map_err(|source| StopError::Tracer { op: "make a timer", source })?;
-            let mut stopped = Stopped::new(alarm, kept);
+            let lists =
+                Lists::open(request.group).map_err(|(path, source)| StopError::Group { op: "open", path, source })?;
+            let mut stopped = Stopped::new(alarm, kept, lists);
             let result = stop(&mut stopped, request).map(|()| work(&mut stopped));
-            stopped.release();
+            stopped.resume();
             Ok((result, std::mem::take(&mut stopped.kept)))
         };
         let (result, kept) = std::thread::scope(|scope| {
@@ -128,10 +131,12 @@ where
 #[derive(Debug)]
 pub struct Stopped {
     pub(super) processes: Vec<Process>,
+    /// When the first thread was interrupted, or just before.
+    begun: Instant,
+    pub(super) lists: Lists,
     /// Bytes on their way, so that nothing is allocated at the stop.
     pub(super) buffer: Vec<u8>,
-    /// The tracer's own affinity, and the CPU to which it is pinned.
-    pub(super) affinity: Option<CpuSet>,
+    /// The CPU to which the tracer is pinned.
     pub(super) pinned: Option<usize>,
     /// SIGSTOPs that arrived while injected code ran, to be sent again.
     pub(super) deferred: Vec<(pid_t, i32)>,
@@ -165,13 +170,14 @@ pub struct Thread {
 }
 
 impl Stopped {
-    fn new(alarm: Alarm, kept: Kept) -> Self {
+    fn new(alarm: Alarm, kept: Kept, lists: Lists) -> Self {
         // Known before the stop, not in it.
         frame::component_end(2);
         Self {
             processes: Vec::with_capacity(64),
             buffer: vec![0; XSTATE_MAX_BYTES],
-            affinity: sched_getaffinity(Pid::from_raw(0)).ok(),
+            begun: Instant::now(),
+            lists,
             pinned: None,
             deferred: Vec::with_capacity(16),
             subreapers: Vec::new(),
@@ -181,7 +187,16 @@ impl Stopped {
         }
     }
 
-    /// Pins the tracer to `cpu` until the end of the stop. A round trip across CPUs takes 10 times as long.
+    /// Pins the tracer to where a process is that has been interrupted: the way there is part of the wait for it.
+    pub(super) fn follow(&mut self) {
+        let known =
+            self.kept.known.iter().find(|known| self.processes.first().is_some_and(|first| first.pid == known.pid));
+        if let Some(Ok(Some(stat))) = known.map(|known| tasks::reread_stat(&known.stat)) {
+            self.pin_to(stat.cpu);
+        }
+    }
+
+    /// Pins the tracer to `cpu`. A round trip across CPUs takes 10 times as long.
     pub(super) fn pin_to(&mut self, cpu: usize) {
         if self.pinned == Some(cpu) {
             return;
@@ -191,6 +206,11 @@ impl Stopped {
         if one.set(cpu).is_ok() && sched_setaffinity(Pid::from_raw(0), &one).is_ok() {
             self.pinned = Some(cpu);
         }
+    }
+
+    /// From when on programs may have stood still.
+    pub fn begun(&self) -> Instant {
+        self.begun
     }
 
     /// The processes, in the order in which the group listed them.
@@ -263,13 +283,8 @@ impl Stopped {
         })
     }
 
-    /// Detaches all that are halted; the others stay seized until this OS thread ends.
-    pub(super) fn release(&mut self) {
-        if self.pinned.take().is_some()
-            && let Some(affinity) = &self.affinity
-        {
-            let _ = sched_setaffinity(Pid::from_raw(0), affinity);
-        }
+    /// Lets all go on that are halted; the others stay seized until this OS thread ends. The end of the work does it too.
+    pub fn resume(&mut self) {
         for (pid, signal) in self.deferred.drain(..) {
             if let Ok(signal) = nix::sys::signal::Signal::try_from(signal) {
                 // It may have died meanwhile.
@@ -293,19 +308,19 @@ impl Stopped {
 
 impl Drop for Stopped {
     fn drop(&mut self) {
-        self.release();
+        self.resume();
     }
 }
 
 fn stop(stopped: &mut Stopped, request: Request<'_>) -> Result<(), StopError> {
     let timer = |source| StopError::Tracer { op: "set a timer", source };
     stopped.alarm.listen(PATIENCE, TICK).map_err(timer)?;
+    stopped.begun = Instant::now();
     let settled = halt::settle(stopped, request);
     if settled.is_err() {
         halt::calm(stopped);
     }
     stopped.alarm.deafen().map_err(timer)?;
-    stopped.alarm.disarm().map_err(timer)?;
     settled?;
     if !stopped.kept.orphans_finished {
         finish_all_orphans(stopped)?;

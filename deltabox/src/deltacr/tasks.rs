@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use libc::pid_t;
 
@@ -80,10 +80,57 @@ pub(super) fn read_tracer(pid: pid_t, tid: pid_t) -> io::Result<Option<pid_t>> {
     Ok(text.lines().find_map(|line| line.strip_prefix("TracerPid:")?.trim().parse().ok()))
 }
 
-/// The processes or threads of a cgroup, by its file of that name; host PIDs.
-pub(super) fn scan_group(procs: &Path) -> io::Result<Vec<pid_t>> {
-    let text = fs::read_to_string(procs)?;
-    Ok(text.lines().filter_map(|line| line.parse().ok()).collect())
+/// The kernel's lists of a cgroup's members, to be read again and again.
+#[derive(Debug)]
+pub(super) struct Lists {
+    procs: List,
+    threads: List,
+}
+
+#[derive(Debug)]
+struct List {
+    path: PathBuf,
+    file: File,
+}
+
+impl Lists {
+    /// Opens them; an error comes with the path.
+    pub(super) fn open(group: &Path) -> Result<Self, (PathBuf, io::Error)> {
+        let open = |name: &str| {
+            let path = group.join(name);
+            let file = File::open(&path).map_err(|error| (path.clone(), error))?;
+            Ok(List { path, file })
+        };
+        Ok(Self { procs: open("cgroup.procs")?, threads: open("cgroup.threads")? })
+    }
+
+    /// Host PIDs of its processes.
+    pub(super) fn processes(&self) -> Result<Vec<pid_t>, (PathBuf, io::Error)> {
+        self.procs.read()
+    }
+
+    /// Host TIDs of its threads.
+    pub(super) fn threads(&self) -> Result<Vec<pid_t>, (PathBuf, io::Error)> {
+        self.threads.read()
+    }
+}
+
+impl List {
+    fn read(&self) -> Result<Vec<pid_t>, (PathBuf, io::Error)> {
+        let (mut text, mut len_bytes) = (vec![0; 4096], 0);
+        loop {
+            let n = self.file.read_at(&mut text[len_bytes..], len_bytes as u64);
+            match n.map_err(|error| (self.path.clone(), error))? {
+                0 => break,
+                n => len_bytes += n,
+            }
+            if len_bytes == text.len() {
+                text.resize(2 * len_bytes, 0);
+            }
+        }
+        let lines = text[..len_bytes].split(|byte| *byte == b'\n');
+        Ok(lines.filter_map(|line| str::from_utf8(line).ok()?.parse().ok()).collect())
+    }
 }
 
 /// Whether a process has such a thread.

@@ -5,6 +5,7 @@
 //! LAYER/work/        overlayfs's own
 //! LAYER/layer.json   what lies below it, and what its root looked like when it was made
 //! ```
+//! A merged layer has no `work`: it is never written to by overlayfs.
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString};
@@ -27,7 +28,7 @@ use crate::sys::fs::{XATTR_MAX_BYTES, get_xattr, list_xattrs, remove_xattr, set_
 use crate::sys::stat::stat;
 
 /// Raised when a field of layer.json changes its meaning.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const RECORD: &str = "layer.json";
 
 /// Which layer: a number that the store gives once.
@@ -57,6 +58,12 @@ pub struct Record {
     pub id: LayerId,
     /// The layer below; none: the skeleton and the base.
     pub parent: Option<LayerId>,
+    /// How many layers lie below it, as they were frozen: each merged one counts as all that it stands for.
+    pub depth: u64,
+    /// For one that was made to be live: the directories it was mounted over, the topmost first.
+    pub stack: Vec<LayerId>,
+    /// For one that stands for others: which.
+    pub merged: Option<Merged>,
     /// Whose live layer it was made to be.
     pub sandbox: SandboxId,
     /// The checkpoint in whose state that sandbox is while nothing is written: `None` before the first.
@@ -65,10 +72,32 @@ pub struct Record {
     pub root: RootLook,
 }
 
+/// A run of layers that one stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Merged {
+    /// The topmost of them.
+    pub top: LayerId,
+    /// How many there were.
+    pub n_layers: u64,
+}
+
 impl Record {
-    /// Of a layer that is to be made.
-    pub fn new(id: LayerId, parent: Option<LayerId>, sandbox: SandboxId, head: Option<String>, root: RootLook) -> Self {
-        Self { version: VERSION, id, parent, sandbox, head, root }
+    /// Of a layer that is to be made, of a sandbox, over nothing.
+    pub fn new(id: LayerId, sandbox: SandboxId, root: RootLook) -> Self {
+        let (version, stack) = (VERSION, Vec::new());
+        Self { version, id, parent: None, depth: 0, stack, merged: None, sandbox, head: None, root }
+    }
+
+    /// The topmost layer it stands for: itself, unless it is a merged one.
+    pub fn name(&self) -> LayerId {
+        self.merged.map_or(self.id, |merged| merged.top)
+    }
+
+    /// Writes it into a layer's directory.
+    pub(super) fn save(&self, layer: &Path) -> io::Result<()> {
+        let staging = layer.join(".layer.json");
+        fs::write(&staging, serde_json::to_vec(self)?)?;
+        fs::rename(staging, layer.join(RECORD))
     }
 
     /// Reads it from a layer's directory.
@@ -158,9 +187,7 @@ impl LiveLayer {
         let (upper, work) = (dir.join("upper"), dir.join("work"));
         fs::create_dir(&upper)?;
         fs::create_dir(&work)?;
-        let staging = dir.join(".layer.json");
-        fs::write(&staging, serde_json::to_vec(&record)?)?;
-        fs::rename(staging, dir.join(RECORD))?;
+        record.save(dir)?;
         let (upper, work) = (open_dir(&upper)?, open_dir(&work)?);
         record.root.apply(upper.as_fd())?;
         Ok(Self { record, upper, work })
@@ -195,14 +222,19 @@ impl LiveLayer {
 
     /// Whether nothing was written to it. True for sure only while nobody can write.
     pub fn is_unchanged(&self) -> io::Result<bool> {
+        Ok(!self.has_entries()? && self.root_look()? == self.record.root)
+    }
+
+    /// Whether anything is in it.
+    fn has_entries(&self) -> io::Result<bool> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let mut dir = nix::dir::Dir::openat(&self.upper, c".", flags, Mode::empty())?;
         for entry in dir.iter() {
             if !matches!(entry?.file_name().to_bytes(), b"." | b"..") {
-                return Ok(false);
+                return Ok(true);
             }
         }
-        Ok(self.root_look()? == self.record.root)
+        Ok(false)
     }
 }
 
@@ -233,12 +265,12 @@ mod tests {
     #[test]
     fn a_record_of_another_version_is_not_read() {
         let dir = tempfile::tempdir().unwrap();
-        let mut record =
-            Record::new(LayerId(3), Some(LayerId(2)), "a".parse().unwrap(), Some("c1".into()), RootLook::first());
-        fs::write(dir.path().join(RECORD), serde_json::to_vec(&record).unwrap()).unwrap();
+        let mut record = Record::new(LayerId(3), "a".parse().unwrap(), RootLook::first());
+        record.merged = Some(Merged { top: LayerId(2), n_layers: 2 });
+        record.save(dir.path()).unwrap();
         assert_eq!(Record::load(dir.path()).unwrap(), record);
-        record.version = 2;
-        fs::write(dir.path().join(RECORD), serde_json::to_vec(&record).unwrap()).unwrap();
+        record.version = VERSION + 1;
+        record.save(dir.path()).unwrap();
         assert_eq!(Record::load(dir.path()).unwrap_err().kind(), io::ErrorKind::Unsupported);
     }
 }

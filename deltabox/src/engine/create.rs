@@ -5,13 +5,14 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use super::api::{CreateRequest, Reply, SandboxReport, SandboxState};
-use super::driver::{Driver, DriverParts, Life, Mail, Shown, tops};
+use super::driver::{Driver, DriverParts, Life, MAX_LAYERS, Mail, Shown, mounted_over, tops};
 use super::footing::Footing;
 use super::manifest::{InitIdentity, Manifest};
 use super::store::{SandboxDir, random_hex};
 use super::tree::Tree;
 use super::{Engine, Error, Handle, lock, unix_ms};
 use crate::deltafs::layer::{LayerId, RootLook};
+use crate::deltafs::layers::Stack;
 use crate::latency::{Operation, Phase, Span};
 use crate::sandbox::cgroup::Cgroups;
 use crate::sandbox::spawn::{self, Parts, SpawnError};
@@ -61,6 +62,9 @@ fn check(spec: &SandboxSpec) -> Result<(), Error> {
     if spec.limits.memory_bytes.is_some_and(|bytes| bytes < 4 << 20) {
         return invalid("memory", "at least 4 MiB");
     }
+    if !(2..=MAX_LAYERS).contains(&spec.merge_above) {
+        return invalid("merge_above", "2 to 480 layers");
+    }
     if spec.limits.n_pids.is_some_and(|n| n < 2) {
         return invalid("pids", "at least 2: init and one command");
     }
@@ -109,7 +113,8 @@ pub(super) fn register(engine: &Engine, manifest: Manifest, tree: Tree, life: Op
         create_us: manifest.create_us,
     };
     let (live, next, tops) = (manifest.live, manifest.next, tops(&manifest, &tree));
-    let shown = Shown { report, execs: Vec::new(), tree: Arc::new(tree.clone()), live, next, tops };
+    let held = mounted_over(engine, &manifest);
+    let shown = Shown { report, execs: Vec::new(), tree: Arc::new(tree.clone()), live, next, tops, held };
     let shown = Arc::new(Mutex::new(shown));
     let image = match &manifest.spec.base {
         BaseRef::Image { name } => Some(name.clone()),
@@ -172,12 +177,14 @@ fn make(engine: &Engine, id: &SandboxId, spec: SandboxSpec, mut span: Span) -> R
     dir.create().map_err(io("create", dir.path().to_owned()))?;
     let mut scraps = Scraps { engine: engine.clone(), dir: dir.clone(), layer: None, cgroups: None, keep: false };
     let store = inner.store.layers();
-    let layer =
-        inner.layers.create(None, id, None, RootLook::first()).map_err(io("create a layer in", store.clone()))?;
+    let layer = inner
+        .layers
+        .create(&Stack::default(), id, None, RootLook::first())
+        .map_err(io("create a layer in", store.clone()))?;
     scraps.layer = Some(layer.record().id);
     span.end_of(Phase::Layer);
     crate::fault::point("create.mount").map_err(io("mount", store))?;
-    let root = footing.mount(engine, &[], &layer).map_err(|error| failed(error.into()))?;
+    let root = footing.mount(engine, &Stack::default(), &layer).map_err(|error| failed(error.into()))?;
     span.end_of(Phase::Mount);
     crate::fault::point("create.cgroup").map_err(io("create the cgroups of", dir.path().to_owned()))?;
     let cgroups = Cgroups::create(&inner.hosts, inner.store.tag(), id, &spec.limits)?;

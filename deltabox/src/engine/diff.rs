@@ -10,15 +10,15 @@ use super::manifest::Manifest;
 use super::{Engine, Error, lock};
 use crate::deltafs::diff::{self, Options, Stacks};
 use crate::deltafs::layer::{LayerId, open_dir};
+use crate::deltafs::layers::Fork;
 use crate::sandbox::SandboxId;
 
 /// How often layers may be removed under a reader before it gives up (chosen: a rollback in a loop).
 const N_TRIES: usize = 3;
 
-/// Two states, by their layers, the topmost first.
+/// Two states.
 struct States {
-    from: Vec<LayerId>,
-    to: Vec<LayerId>,
+    layers: Fork,
     report: DiffReport,
 }
 
@@ -30,7 +30,8 @@ impl Engine {
             let states = self.states(id, request)?;
             let changes = self.compare(id, &states, request);
             // Layers that a rollback or a removal has taken away meanwhile look empty.
-            if states.from.iter().chain(&states.to).all(|layer| self.0.layers.upper(*layer).is_dir()) {
+            let Fork { from, to, common } = &states.layers;
+            if [from, to, common].into_iter().flatten().all(|layer| self.0.layers.upper(*layer).is_dir()) {
                 return Ok(DiffReport { changes: changes?, ..states.report });
             }
         }
@@ -47,7 +48,6 @@ impl Engine {
             let shown = lock(&shown);
             (Arc::clone(&shown.tree), shown.report.head.clone(), shown.live)
         };
-        let chain = |top| self.0.layers.chain(top).map_err(Error::Layer);
         let from = request.from.as_ref().or(head.as_ref()).map(|from| tree.find(id, from)).transpose()?;
         let to = request.to.as_ref().map(|to| tree.find(id, to)).transpose()?;
         let report = DiffReport {
@@ -56,9 +56,8 @@ impl Engine {
             to: to.map(|one| one.id.to_string()),
             changes: Vec::new(),
         };
-        let from = chain(from.and_then(|one| one.top))?;
-        let to = chain(to.map_or(Some(live), |one| one.top))?;
-        Ok(States { from, to, report })
+        let layers = self.0.layers.fork(from.and_then(|one| one.top), to.map_or(Some(live), |one| one.top));
+        Ok(States { layers: layers.map_err(Error::Layer)?, report })
     }
 
     fn compare(&self, id: &SandboxId, states: &States, request: &DiffRequest) -> Result<Vec<diff::Change>, Error> {
@@ -66,7 +65,6 @@ impl Engine {
         let dir = self.0.store.sandbox(id);
         let manifest = Manifest::load(dir.path()).map_err(io("read the manifest in", dir.path().to_owned()))?;
         let footing = Footing::again(self, &manifest.spec.base, manifest.frame.as_deref())?;
-        let n_common = states.from.iter().rev().zip(states.to.iter().rev()).take_while(|(a, b)| a == b).count();
         let open = |layers: &[LayerId]| -> Result<Vec<OwnedFd>, Error> {
             let open = |layer: &LayerId| {
                 let path = self.0.layers.upper(*layer);
@@ -74,9 +72,8 @@ impl Engine {
             };
             layers.iter().map(open).collect()
         };
-        let (from, common) = states.from.split_at(states.from.len() - n_common);
-        let (from, common) = (open(from)?, open(common)?);
-        let to = open(&states.to[..states.to.len() - n_common])?;
+        let Fork { from, to, common } = &states.layers;
+        let (from, to, common) = (open(from)?, open(to)?, open(common)?);
         let lowers = footing.lowers(self);
         let stacks = Stacks { from: &fds(&from), to: &fds(&to), common: &[fds(&common), lowers.to_vec()].concat() };
         let options = Options { contents: request.contents, patch: request.patch };

@@ -11,8 +11,9 @@
 
 mod checkpoints;
 mod commands;
+mod merging;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,27 +37,68 @@ use super::store::SandboxDir;
 use super::tree::Tree;
 use super::{Engine, Error, ready};
 use crate::deltacr::stop::Tracer;
-use crate::deltafs::layer::{LayerId, LiveLayer};
+use crate::deltafs::layer::{LayerId, LiveLayer, Record};
 use crate::latency::{Book, Phase, Span};
 use crate::sandbox::link::InitLink;
 use crate::sys::process::{self, Child};
+use merging::Merging;
+
+pub(super) use merging::MAX_LAYERS;
 
 /// Where a driver is reached.
 pub(super) type Mail = Inbox<Message>;
 
 /// What a driver is asked or told.
 pub(super) enum Message {
-    Exec { request: Box<ExecRequest>, span: Span, on_exit: OnExit, reply: Reply<Attachment> },
-    Attach { pid: u32, on_exit: OnExit, reply: Reply<Attachment> },
-    Signal { pid: u32, signal: i32, reply: Reply<()> },
-    StdinClosed { pid: u32 },
-    ClientLeft { pid: u32, departure: Departure },
-    Checkpoint { request: Box<CheckpointRequest>, span: Span, reply: Reply<CheckpointReport> },
-    Rollback { request: RollbackRequest, span: Span, reply: Reply<RollbackReport> },
-    RemoveCheckpoint { checkpoint: String, reply: Reply<()> },
-    Collect { reply: Reply<GcReport> },
-    Kill { reply: Reply<()> },
-    Remove { span: Span, reply: Reply<()> },
+    Exec {
+        request: Box<ExecRequest>,
+        span: Span,
+        on_exit: OnExit,
+        reply: Reply<Attachment>,
+    },
+    Attach {
+        pid: u32,
+        on_exit: OnExit,
+        reply: Reply<Attachment>,
+    },
+    Signal {
+        pid: u32,
+        signal: i32,
+        reply: Reply<()>,
+    },
+    StdinClosed {
+        pid: u32,
+    },
+    ClientLeft {
+        pid: u32,
+        departure: Departure,
+    },
+    Checkpoint {
+        request: Box<CheckpointRequest>,
+        span: Span,
+        reply: Reply<CheckpointReport>,
+    },
+    Rollback {
+        request: RollbackRequest,
+        span: Span,
+        reply: Reply<RollbackReport>,
+    },
+    RemoveCheckpoint {
+        checkpoint: String,
+        reply: Reply<()>,
+    },
+    Collect {
+        reply: Reply<GcReport>,
+    },
+    /// The merger thread has done what it was given.
+    MergeEnded,
+    Kill {
+        reply: Reply<()>,
+    },
+    Remove {
+        span: Span,
+        reply: Reply<()>,
+    },
 }
 
 /// What other threads may look at without asking the driver.
@@ -69,6 +111,8 @@ pub(super) struct Shown {
     pub(super) next: Option<LayerId>,
     /// Layers that it needs, with all below them.
     pub(super) tops: Tops,
+    /// Directories of layers that are in use, whatever the stacks are now.
+    pub(super) held: BTreeSet<LayerId>,
 }
 
 /// How long processes may take to die after cgroup.kill (chosen: an unkillable one is stuck in the kernel).
@@ -114,6 +158,7 @@ pub(super) struct Driver {
     /// Its live layer and base, opened for the first checkpoint.
     live: Option<LiveLayer>,
     footing: Option<Footing>,
+    merging: Merging,
     /// Why its processes are on different roots.
     torn: Option<String>,
     tracer: Tracer,
@@ -148,6 +193,7 @@ impl Driver {
             tree: Arc::new(tree),
             live: None,
             footing: None,
+            merging: Merging::default(),
             torn: None,
             tracer: Tracer::new(),
             manifest,
@@ -217,6 +263,7 @@ impl Driver {
                     self.show();
                     reply(Ok(report));
                     self.clean_up(old, None);
+                    self.merge_if_long();
                 }
                 Err(error) => reply(Err(error)),
             },
@@ -225,11 +272,13 @@ impl Driver {
                     self.show();
                     reply(Ok(report));
                     self.clean_up(old, Some(discarded));
+                    self.merge_if_long();
                 }
                 Err(error) => reply(Err(error)),
             },
             Message::RemoveCheckpoint { checkpoint, reply } => reply(self.remove_checkpoint(&checkpoint)),
             Message::Collect { reply } => reply(self.engine.collect_of(&self.manifest.id)),
+            Message::MergeEnded => self.end_merge(),
             Message::Kill { reply } => {
                 let result = self.kill("killed by request");
                 self.show();
@@ -295,7 +344,10 @@ impl Driver {
             .and_then(|()| self.dir.remove().map_err(io_error("remove", &self.dir)))
             .and_then(|()| {
                 // From here on nothing needs its layers but what other sandboxes have of them.
-                self.lock_shown().tops.clear();
+                self.merging.cancel();
+                let mut shown = self.lock_shown();
+                (shown.tops, shown.held) = Default::default();
+                drop(shown);
                 self.engine.collect_of(&self.manifest.id).map(drop)
             });
         self.show();
@@ -387,6 +439,7 @@ impl Driver {
         if shown.report.epoch == self.manifest.epoch
             && (shown.live, shown.next) == (self.manifest.live, self.manifest.next)
             && Arc::ptr_eq(&shown.tree, &self.tree)
+            && self.merging.sources().all(|layer| shown.held.contains(&layer))
         {
             return;
         }
@@ -396,6 +449,8 @@ impl Driver {
         (shown.live, shown.next) = (self.manifest.live, self.manifest.next);
         shown.tree = Arc::clone(&self.tree);
         shown.tops = tops(&self.manifest, &self.tree);
+        shown.held = mounted_over(&self.engine, &self.manifest);
+        shown.held.extend(self.merging.sources());
     }
 }
 
@@ -403,6 +458,13 @@ impl Driver {
 pub(super) fn tops(manifest: &Manifest, tree: &Tree) -> Tops {
     let own = [Some(manifest.live), manifest.next].into_iter().flatten();
     tree.iter().filter_map(|one| one.top).chain(own).collect()
+}
+
+/// The directories that a sandbox's root is mounted over, or may be. Merged ones may have taken their place in stacks.
+pub(super) fn mounted_over(engine: &Engine, manifest: &Manifest) -> BTreeSet<LayerId> {
+    let own = [Some(manifest.live), manifest.next].into_iter().flatten();
+    let records = own.filter_map(|id| Record::load(&engine.0.layers.path(id)).ok());
+    records.flat_map(|record| record.stack).collect()
 }
 
 /// Tells the client, if there is one.
@@ -423,7 +485,7 @@ pub(super) fn refuse(message: Message, id: &crate::sandbox::SandboxId) {
         Message::Rollback { reply, .. } => reply(Err(gone())),
         Message::RemoveCheckpoint { reply, .. } => reply(Err(gone())),
         Message::Collect { reply } => reply(Err(gone())),
-        Message::StdinClosed { .. } | Message::ClientLeft { .. } => {}
+        Message::StdinClosed { .. } | Message::ClientLeft { .. } | Message::MergeEnded => {}
     }
 }
 

@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::deltafs::hostbase::HostBaseError;
-use crate::deltafs::layers::ChainError;
+use crate::deltafs::layers::StackError;
 use crate::sandbox::SandboxId;
 use crate::sandbox::cgroup::CgroupError;
 
@@ -67,7 +67,7 @@ pub enum Error {
     },
     /// A layer that is needed is not whole. The sandbox is as before.
     #[error(transparent)]
-    Layer(#[from] ChainError),
+    Layer(#[from] StackError),
     /// A switch to another root failed; the sandbox is as before.
     #[error("{what}: {source}")]
     Switch {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::{Engine, Error, error, lock};
 use crate::deltafs::hostbase::{self, HostBase};
 use crate::deltafs::layer::{LayerId, LiveLayer, open_dir};
-use crate::deltafs::layers::ChainError;
+use crate::deltafs::layers::{Stack, StackError};
 use crate::deltafs::overlay;
 use crate::sandbox::BaseRef;
 use crate::sys::mount::{self, Clone as CloneWhat};
@@ -75,11 +75,11 @@ impl Footing {
         [engine.0.fixtures.skeleton().as_fd(), self.tree.as_fd()]
     }
 
-    /// Mounts a stack, detached: `live` over `frozen` (the topmost first) over the skeleton and the base.
-    pub(super) fn mount(&self, engine: &Engine, frozen: &[LayerId], live: &LiveLayer) -> io::Result<OwnedFd> {
-        let damaged = |id| move |source| io::Error::other(ChainError { id, source });
-        let open = |id: &LayerId| open_dir(&engine.0.layers.upper(*id)).map_err(damaged(*id));
-        let frozen = frozen.iter().map(open).collect::<io::Result<Vec<_>>>()?;
+    /// Mounts a stack, detached: `live` over `frozen` over the skeleton and the base.
+    pub(super) fn mount(&self, engine: &Engine, frozen: &Stack, live: &LiveLayer) -> io::Result<OwnedFd> {
+        let damaged = |id| move |source| io::Error::other(StackError { id, source });
+        let open = |id: LayerId| open_dir(&engine.0.layers.upper(id)).map_err(damaged(id));
+        let frozen = frozen.dirs().into_iter().map(open).collect::<io::Result<Vec<_>>>()?;
         let mut lowers: Vec<_> = frozen.iter().map(AsFd::as_fd).collect();
         lowers.extend(self.lowers(engine));
         overlay::mount_stack(&lowers, Some(live.top())).map_err(io::Error::other)

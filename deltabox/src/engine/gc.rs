@@ -1,8 +1,9 @@
 //! Which layers somebody needs, and the removal of the others.
 //!
-//! Needed is what the chain of a live layer, of one that may become it, or of a checkpoint reaches; and below a damaged
-//! layer everything that is older. The layers that were made for a sandbox are removed by its driver alone, so never
-//! while it makes one.
+//! Needed is the stack of a live layer, of one that may become it, and of each checkpoint; what a root is mounted over;
+//! what is being merged; and below a damaged layer everything that is older. The layers that were made for a sandbox are
+//! removed by its driver, so never while it makes one; or, if merged ones stand for them, by the janitor: no stack that is
+//! asked for from then on has them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -12,7 +13,7 @@ use super::driver::Message;
 use super::tree::Checkpoint;
 use super::{Engine, Error, lock};
 use crate::deltafs::layer::{LayerId, Record};
-use crate::deltafs::layers::{Layers, Usage};
+use crate::deltafs::layers::{Layers, Step, Usage};
 use crate::sandbox::SandboxId;
 
 /// Layers by which a sandbox needs others: its live one, the next one, each checkpoint's topmost.
@@ -75,8 +76,9 @@ impl Engine {
         let io = |source| Error::Io { op: "clean up", path: self.0.store.layers(), source };
         let mut report = GcReport::default();
         let needed = self.needed(None);
-        for id in layers.list().map_err(io)?.into_iter().filter(|id| !needed.may_be(*id)) {
-            let Ok(record) = Record::load(&layers.path(id)) else { continue };
+        // From the latest on: what lies below a single layer that is there is there too, whenever this is cut short.
+        for id in layers.list().map_err(io)?.into_iter().rev() {
+            let Some(record) = needed.unneeded(layers, id) else { continue };
             if is_meant(&record) {
                 report.bytes += layers.scan_usage(id).unwrap_or_default().bytes;
                 report.n_layers += 1;
@@ -86,12 +88,35 @@ impl Engine {
         Ok(report)
     }
 
+    /// Removes those of these layers that nobody needs.
+    pub(super) fn collect_among(&self, mut those: Vec<LayerId>) -> Result<(), Error> {
+        if those.is_empty() {
+            return Ok(());
+        }
+        let layers = &self.0.layers;
+        let needed = self.needed(None);
+        those.sort_unstable_by(|a, b| b.cmp(a));
+        for id in those {
+            if needed.unneeded(layers, id).is_some() {
+                let io = |source| Error::Io { op: "clean up", path: self.0.store.layers(), source };
+                layers.remove(id).map_err(io)?;
+            }
+        }
+        Ok(())
+    }
+
     /// All layers that sandboxes need, but for one of them.
     fn needed(&self, except: Option<&SandboxId>) -> Needed {
         let handles: Vec<_> = self.sandboxes().iter().map(|(id, handle)| (id.clone(), handle.clone())).collect();
         let mut needed = Needed::default();
         for (_, handle) in handles.into_iter().filter(|(id, _)| Some(id) != except) {
-            needed.add(&self.0.layers, handle.shown.map(|shown| lock(&shown).tops.clone()).unwrap_or_default());
+            let Some(shown) = handle.shown else { continue };
+            let (tops, held) = {
+                let shown = lock(&shown);
+                (shown.tops.clone(), shown.held.clone())
+            };
+            needed.add(&self.0.layers, tops);
+            needed.layers.extend(held);
         }
         needed
     }
@@ -128,14 +153,15 @@ impl Engine {
     /// What the files of a sandbox take on disk. Walks its live layer, and others that were not walked before.
     pub fn disk(&self, id: &SandboxId) -> Result<DiskReport, Error> {
         let shown = self.shown(id)?;
-        let (tops, live) = {
+        let (tops, held, live) = {
             let shown = lock(&shown);
-            (shown.tops.clone(), shown.live)
+            (shown.tops.clone(), shown.held.clone(), shown.live)
         };
         let layers = &self.0.layers;
         let others = self.needed(Some(id));
         let (mut mine, mut stack) = (Needed::default(), Needed::default());
         mine.add(layers, tops);
+        mine.layers.extend(held);
         stack.add(layers, [live]);
         let live_bytes = layers.scan_usage(live).unwrap_or_default().bytes;
         let (mut own_bytes, mut shared_bytes) = (live_bytes, 0);
@@ -143,14 +169,16 @@ impl Engine {
             let Usage { bytes, .. } = layers.frozen_usage(layer).unwrap_or_default();
             *(if others.layers.contains(&layer) { &mut shared_bytes } else { &mut own_bytes }) += bytes;
         }
-        Ok(DiskReport { live_bytes, own_bytes, shared_bytes, n_layers: stack.layers.len() - 1 })
+        Ok(DiskReport { live_bytes, own_bytes, shared_bytes, n_layers: stack.walked.len() - 1 })
     }
 }
 
-/// Layers that chains reach.
+/// Directories of layers that somebody needs.
 #[derive(Debug, Default)]
 struct Needed {
     layers: BTreeSet<LayerId>,
+    /// Those whose stacks are in it, down to the base.
+    walked: BTreeSet<LayerId>,
     /// The highest layer that is damaged: what lies below it cannot be told, but that it is older.
     damaged: Option<LayerId>,
 }
@@ -158,18 +186,31 @@ struct Needed {
 impl Needed {
     fn add(&mut self, layers: &Layers, tops: impl IntoIterator<Item = LayerId>) {
         for top in tops {
+            // Even if a merged one takes its place: `diff` tells more of renamed directories from single ones.
+            self.layers.insert(top);
             let mut next = Some(top);
-            while let Some(id) = next.filter(|id| self.layers.insert(*id)) {
-                next = layers.parent(id).unwrap_or_else(|_| {
-                    self.damaged = self.damaged.max(Some(id));
-                    None
-                });
+            while let Some(name) = next {
+                next = match layers.step(name) {
+                    Ok(step) => {
+                        self.layers.insert(step.id);
+                        // Else everything from here on down is in it already.
+                        self.walked.insert(step.id).then_some(step.parent).flatten()
+                    }
+                    Err(_) => {
+                        self.layers.extend(layers.directories(name));
+                        self.damaged = self.damaged.max(Some(name));
+                        None
+                    }
+                };
             }
         }
     }
 
-    fn may_be(&self, id: LayerId) -> bool {
-        self.layers.contains(&id) || self.damaged.is_some_and(|damaged| id < damaged)
+    /// The record of a layer that is not needed, and can be read.
+    fn unneeded(&self, layers: &Layers, id: LayerId) -> Option<Record> {
+        let record = (!self.layers.contains(&id)).then(|| Record::load(&layers.path(id)).ok())??;
+        let may_lie_below = self.damaged.is_some_and(|damaged| record.name() < damaged);
+        (!may_lie_below).then_some(record)
     }
 }
 
@@ -183,20 +224,24 @@ impl Stack {
     /// Looks at each layer that is not in `looks` yet.
     fn look(layers: &Layers, top: Option<LayerId>, looks: &mut BTreeMap<LayerId, Look>) -> Self {
         let (mut stack, mut next) = (Self { layers: Vec::new(), damage: None }, top);
-        while let Some(id) = next {
+        while let Some(name) = next {
+            let look = looks.entry(name).or_insert_with(|| layers.check(name).map_err(|error| error.to_string()));
+            let (id, parent) = match look {
+                Ok(step) => (step.id, step.parent),
+                Err(damage) => {
+                    stack.damage = Some(damage.clone());
+                    (name, None)
+                }
+            };
             stack.layers.push(id);
-            let look = looks.entry(id).or_insert_with(|| layers.check(id).map_err(|error| error.to_string()));
-            next = look.as_ref().copied().unwrap_or_else(|damage| {
-                stack.damage = Some(damage.clone());
-                None
-            });
+            next = parent;
         }
         stack
     }
 }
 
-/// The layer below, or what is wrong with this one.
-type Look = Result<Option<LayerId>, String>;
+/// A layer's topmost directory, or what is wrong with it.
+type Look = Result<Step, String>;
 
 #[cfg(test)]
 mod tests {
@@ -207,7 +252,8 @@ mod tests {
     fn what_may_lie_below_a_damaged_layer_is_kept() {
         let dir = tempfile::tempdir().unwrap();
         let make = |layers: &Layers, parent| {
-            layers.create(parent, &"a".parse().unwrap(), None, RootLook::first()).unwrap().record().id
+            let below = layers.known_stack(parent).unwrap();
+            layers.create(&below, &"a".parse().unwrap(), None, RootLook::first()).unwrap().record().id
         };
         let layers = Layers::open(dir.path()).unwrap();
         let first = make(&layers, None);
@@ -219,7 +265,8 @@ mod tests {
         let layers = Layers::open(dir.path()).unwrap();
         let mut needed = Needed::default();
         needed.add(&layers, [third]);
-        let kept: Vec<_> = [first, second, third, fourth].into_iter().filter(|id| needed.may_be(*id)).collect();
+        let kept: Vec<_> =
+            [first, second, third, fourth].into_iter().filter(|id| needed.unneeded(&layers, *id).is_none()).collect();
         assert_eq!(kept, [first, second, third]);
         let stack = Stack::look(&layers, Some(third), &mut BTreeMap::new());
         assert_eq!(stack.layers, [third, second]);

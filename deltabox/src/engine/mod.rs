@@ -13,7 +13,6 @@ mod error;
 mod footing;
 mod gc;
 mod inbox;
-mod janitor;
 mod logs;
 mod manifest;
 mod processes;
@@ -23,6 +22,7 @@ mod request;
 mod store;
 mod switch;
 mod tree;
+mod worker;
 
 pub use api::{
     Attachment, BaseReport, CheckpointReport, CheckpointRequest, CreateRequest, DiffReport, DiffRequest, DiskReport,
@@ -47,9 +47,9 @@ use crate::kernel::cgroups::Hierarchies;
 use crate::latency::{self, Book, Operation, Span, Subject};
 use crate::sandbox::{SandboxId, idmap};
 use driver::{Mail, Message, Shown};
-use janitor::Janitor;
 use logs::Logs;
 use store::Store;
+use worker::Worker;
 
 /// Where an engine keeps its state.
 #[derive(Clone, Debug)]
@@ -74,7 +74,8 @@ struct Inner {
     host_bases: Mutex<HashMap<Vec<PathBuf>, Arc<HostBase>>>,
     images: ImportedBases,
     layers: Layers,
-    janitor: Janitor,
+    janitor: Worker,
+    merger: Worker,
     sandboxes: Mutex<BTreeMap<SandboxId, Handle>>,
     /// Images on their way out, which no new sandbox may take. Locked only with `sandboxes` held.
     leaving: Mutex<BTreeSet<String>>,
@@ -120,7 +121,8 @@ impl Engine {
         images.clean().map_err(|source| Error::Io { op: "clean up", path: bases, source })?;
         let dir = store.layers();
         let layers = Layers::open(&dir).map_err(|source| Error::Io { op: "open", path: dir, source })?;
-        let janitor = Janitor::start().map_err(io("start the janitor of", "deltabox"))?;
+        let janitor = Worker::start("janitor").map_err(io("start the janitor of", "deltabox"))?;
+        let merger = Worker::start_in_background("merger").map_err(io("start the merger of", "deltabox"))?;
         let (host_bases, sandboxes, leaving, retired) = Default::default();
         let engine = Self(Arc::new(Inner {
             store,
@@ -133,6 +135,7 @@ impl Engine {
             images,
             layers,
             janitor,
+            merger,
             sandboxes,
             leaving,
             retired,

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use libc::pid_t;
 
-use crate::deltacr::rebase::{Missing, Plan, RebaseError};
+use crate::deltacr::rebase::{Missing, Opened, Plan, RebaseError};
 use crate::deltacr::stop::{Request, Stopped, Tracer, while_stopped};
 use crate::deltacr::{InjectError, StopError};
 use crate::latency::{Phase, Span};
@@ -106,13 +106,16 @@ pub(super) fn switch(
     let before = *span;
     let done = loop {
         *span = before;
-        span.end_of(Phase::Arm);
         // The last attempt too has time to stop them.
         let deadline = ground.deadline.max(Instant::now() + STOP_AT_LEAST);
         let request = Request { group: ground.group, excluded: &[ground.init], deadline };
         let attempt = tracer.while_stopped(request, |stopped| {
+            span.end_of_at(Phase::Arm, stopped.begun());
             span.end_of(Phase::Stop);
-            move_all(stopped, &namespace, &from, purpose, &mut next, span)
+            let moved = move_all(stopped, &namespace, &from, purpose, &mut next, span);
+            stopped.resume();
+            span.end_of(Phase::Resume);
+            moved
         });
         match attempt.map_err(SwitchError::from).flatten() {
             Err(SwitchError::Refused { passing: true, .. }) if Instant::now() + pause < ground.deadline => {
@@ -123,8 +126,8 @@ pub(super) fn switch(
             other => break other?,
         }
     };
-    span.end_of(Phase::Resume);
-    let Done { n_processes, n_threads, n_descriptions } = done;
+    let Done { n_processes, n_threads, n_descriptions, given } = done;
+    drop(given);
     Ok(match n_descriptions {
         None => Switched::Unchanged { n_processes, n_threads },
         Some(n_descriptions) => {
@@ -145,6 +148,8 @@ struct Done {
     n_threads: usize,
     /// `None`: there was nothing to do.
     n_descriptions: Option<usize>,
+    /// The engine's copies, to be let go after the stop.
+    given: Option<(Opened, Root)>,
 }
 
 /// The part during which the programs stand still.
@@ -162,7 +167,7 @@ fn move_all(
     };
     let (n_processes, n_threads) = (stopped.processes().len(), stopped.n_threads());
     let Some(mount) = next().map_err(failed("make the next root"))? else {
-        return Ok(Done { n_processes, n_threads, n_descriptions: None });
+        return Ok(Done { n_processes, n_threads, n_descriptions: None, given: None });
     };
     let to = Root::new(mount).map_err(failed("make the next root"))?;
     let missing = match purpose {
@@ -177,12 +182,11 @@ fn move_all(
     namespace.pivot(from, &to).map_err(failed("pivot"))?;
     clock.end_of(Phase::Pivot);
     let rebased = opened.commit(stopped, namespace).map_err(SwitchError::from);
-    drop(opened);
     clock.end_of(Phase::Rebase);
     let sealed = rebased.and_then(|()| seal(namespace, from, purpose));
     clock.end_of(Phase::Seal);
     match sealed {
-        Ok(()) => Ok(Done { n_processes, n_threads, n_descriptions }),
+        Ok(()) => Ok(Done { n_processes, n_threads, n_descriptions, given: Some((opened, to)) }),
         Err(error) => Err(go_back(stopped, namespace, &to, from, error)),
     }
 }

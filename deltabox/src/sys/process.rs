@@ -355,6 +355,13 @@ fn duplicate_above(fd: RawFd, close_on_exec: bool) -> io::Result<RawFd> {
     i32::try_from(fd).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))
 }
 
+/// The calling thread yields the processors to others: nice 10 (chosen: a tenth of the weight of an ordinary thread, not
+/// nothing).
+pub fn be_nice() -> io::Result<()> {
+    // SAFETY: no pointers; 0 is the calling thread.
+    if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 10) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Marks every descriptor of the caller from number 3 up close-on-exec (they stay open here): what it
 /// inherited without knowing then ends with the next exec.
 pub fn set_all_close_on_exec() -> io::Result<()> {

@@ -124,7 +124,7 @@ struct World {
 impl World {
     fn new() -> Self {
         let host = Host::start();
-        host.create("box");
+        host.cli(["create", "box", "--merge-above", "2"]).ok();
         let agent = Agent::start(&host);
         let mut world = Self { host, agent, model: Model::new(), checkpoints: Vec::new(), next_fd: 0, serial: 0 };
         world.agent.ask(&json!({"op": "chmod", "path": "", "mode": 0o777}));

@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
-use std::ffi::{CString, OsString};
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -11,18 +11,19 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use libc::pid_t;
+use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
-use super::fdinfo::{FdInfo, Owner};
+use super::fdinfo::{FdInfo, Lock, Owner, Target};
+use super::table::{Link, Table};
 use super::watcher::Watcher;
 use super::{Description, Holding, Kind, Mapping, Place, Plan, RebaseError, RebaseRefusal, Seat, listener};
 use crate::deltacr::stop::{Process, Stopped};
 use crate::deltacr::tasks::{read_stat, scan_threads};
 use crate::sandbox::root::{LANDING, Root};
 use crate::sys::maps::next_shared_file;
-use crate::sys::process::{Compared, compare, pidfd_getfd, pidfd_open_thread};
-
+use crate::sys::process::{Compared, compare};
 use crate::sys::stat::{Stat, stat, stat_path};
 use crate::sys::unix::name_of;
 
@@ -35,11 +36,13 @@ impl Plan {
     /// # Errors
     /// Nothing has been changed.
     pub fn make(stopped: &Stopped, root: &Root, from: &Root) -> Result<Self, RebaseError> {
-        let look = stat(from.as_fd()).map_err(|source| RebaseError::Process { op: "find the root", pid: 0, source })?;
+        let failed = |source| RebaseError::Process { op: "find the root", pid: 0, source };
+        let look = stat(from.as_fd()).map_err(failed)?;
+        let root_look = stat(root.as_fd()).map_err(failed)?;
         // The kernel's own MKDEV (include/linux/kdev_t.h).
         let dev = u64::from(look.dev.0) << 20 | u64::from(look.dev.1);
         let (tables, known, descriptions) = Default::default();
-        let mut finder = Finder { root, from, tables, known, descriptions, dev };
+        let mut finder = Finder { root: root_look, from, tables, known, descriptions, dev };
         let mut seats = Vec::new();
         for process in stopped.processes() {
             let seat = match finder.seat(process) {
@@ -60,15 +63,23 @@ impl Plan {
     }
 }
 
+/// What a descriptor table holds, as a seat has it.
+#[derive(Default)]
+struct Held {
+    holdings: Vec<Holding>,
+    locks: Vec<(usize, Lock)>,
+    epolls: Vec<(i32, Vec<Target>)>,
+}
+
 /// A descriptor by which a description was found, and the description's index.
 type Found = (pid_t, i32, usize);
 
 struct Finder<'a> {
-    root: &'a Root,
+    root: Stat,
     from: &'a Root,
     /// A task of each descriptor table seen, in kcmp's order.
     tables: Vec<pid_t>,
-    /// Descriptions that look alike: only those have to be compared.
+    /// Descriptions that look alike, in kcmp's order: only those have to be compared.
     known: BTreeMap<(u64, i32, i64), Vec<Found>>,
     descriptions: Vec<Description>,
     /// Device of the old root, as fdinfo shows it.
@@ -87,138 +98,125 @@ impl Finder<'_> {
                 }
             }
         }
-        let mut seat = Seat {
-            pid,
-            tid,
-            holdings: Vec::new(),
-            numbers: Vec::new(),
-            locks: Vec::new(),
-            epolls: Vec::new(),
-            cwd: None,
-            mappings: Vec::new(),
-        };
         self.check_root(pid, tid)?;
         let cwd = self.place(&format!("/proc/{pid}/task/{tid}/cwd")).map_err(failed("find the working directory"))?;
         // pivot_root itself moves those that are the root. One that was removed is as good on the old mount.
         let moves = |place: &Place| place.path.as_bytes() != b"/" && !place.unlinked;
-        seat.cwd = cwd.filter(moves).map(|place| (place, None));
+        let cwd = cwd.filter(moves).map(|place| (place, None));
+        let mut table = Table::open(pid, tid).map_err(failed("open the descriptors"))?;
+        let numbers = table.numbers().map_err(failed("list the descriptors"))?;
+        let mut held = Held::default();
         if self.is_new_table(tid).map_err(failed("compare the descriptors"))? {
-            self.read_table(&mut seat)?;
-        } else {
-            seat.numbers = numbers(pid, tid).map_err(failed("list the descriptors"))?;
+            for number in &numbers {
+                self.look_at(&mut held, (pid, tid, *number), &mut table, cwd.as_ref().map(|(place, _)| place))?;
+            }
         }
-        seat.mappings = self.mappings(pid, tid).map_err(failed("find the mappings"))?;
-        Ok(seat)
+        let mappings = self.mappings(pid, tid).map_err(failed("find the mappings"))?;
+        let Held { holdings, locks, epolls } = held;
+        Ok(Seat { pid, tid, task: table.into_task(), holdings, numbers, locks, epolls, cwd, mappings })
     }
 
     fn check_root(&self, pid: pid_t, tid: pid_t) -> Result<(), RebaseError> {
         let failed = |source| RebaseError::Process { op: "find the root", pid, source };
         let path = CString::new(format!("/proc/{pid}/task/{tid}/root")).map_err(|error| failed(error.into()))?;
-        let (own, root) = (stat_path(&path).map_err(failed)?, stat(self.root.as_fd()).map_err(failed)?);
-        if (own.mount, own.ino) == (root.mount, root.ino) { Ok(()) } else { Err(RebaseRefusal::Root { pid }.into()) }
+        let own = stat_path(&path).map_err(failed)?;
+        let is_root = (own.mount, own.ino) == (self.root.mount, self.root.ino);
+        if is_root { Ok(()) } else { Err(RebaseRefusal::Root { pid }.into()) }
     }
 
     /// Whether no process before has this task's descriptor table.
     fn is_new_table(&mut self, tid: pid_t) -> io::Result<bool> {
-        let (mut low, mut high) = (0, self.tables.len());
-        while low < high {
-            let middle = usize::midpoint(low, high);
-            match compare(self.tables[middle], tid, Compared::Tables)? {
-                Ordering::Equal => return Ok(false),
-                Ordering::Less => low = middle + 1,
-                Ordering::Greater => high = middle,
-            }
+        let found = search(&self.tables, |known| compare(*known, tid, Compared::Tables))?;
+        if let Err(at) = found {
+            self.tables.insert(at, tid);
         }
-        self.tables.insert(low, tid);
-        Ok(true)
+        Ok(found.is_err())
     }
 
-    fn read_table(&mut self, seat: &mut Seat) -> Result<(), RebaseError> {
-        let (pid, tid) = (seat.pid, seat.tid);
+    fn look_at(
+        &mut self,
+        held: &mut Held,
+        at: (pid_t, pid_t, i32),
+        table: &mut Table,
+        cwd: Option<&Place>,
+    ) -> Result<(), RebaseError> {
+        let (pid, _, number) = at;
         let failed = |op| move |source| RebaseError::Process { op, pid, source };
-        seat.numbers = numbers(pid, tid).map_err(failed("list the descriptors"))?;
-        let mut pidfd = None;
-        for &number in &seat.numbers {
-            let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/fdinfo/{number}"));
-            let text = text.map_err(failed("read fdinfo"))?;
-            let info = FdInfo::parse(&text).ok_or_else(|| failed("read fdinfo")(io::ErrorKind::InvalidData.into()))?;
-            if let Some(n @ 1..) = info.n_in_flight {
-                return Err(RebaseRefusal::InFlight { pid, number, n }.into());
-            }
-            if !info.targets.is_empty() {
-                seat.epolls.push((number, info.targets));
-                continue;
-            }
-            // Unix sockets may have their name on the old mount, inotify instances may watch files of it.
-            let depends = info.n_in_flight.is_some() || self.watches_old_files(&info);
-            if info.mount != self.from.mount() && !depends {
-                continue;
-            }
-            if info.locks.iter().any(|lock| lock.owner == Owner::Other) {
-                return Err(RebaseRefusal::Lease { pid, number }.into());
-            }
-            let pidfd = match &pidfd {
-                Some(pidfd) => pidfd,
-                None => pidfd.insert(pidfd_open_thread(tid).map_err(failed("open"))?),
-            };
-            let close_on_exec = info.flags & libc::O_CLOEXEC != 0;
-            let locks: Vec<_> = info.locks.iter().copied().filter(|lock| lock.owner == Owner::Process).collect();
-            let Some(description) = self.description(seat, number, info, pidfd)? else { continue };
-            seat.locks.extend(locks.into_iter().map(|lock| (description, lock)));
-            seat.holdings.push(Holding { number, close_on_exec, description });
+        let link = table.link(number).map_err(failed("read a descriptor's link"))?;
+        if matches!(link, Link::Plain) {
+            return Ok(());
         }
+        let info = table.info(number).map_err(failed("read fdinfo"))?;
+        if let Some(n @ 1..) = info.n_in_flight {
+            return Err(RebaseRefusal::InFlight { pid, number, n }.into());
+        }
+        if !info.targets.is_empty() {
+            held.epolls.push((number, info.targets));
+            return Ok(());
+        }
+        // Unix sockets may have their name on the old mount, inotify instances may watch files of it.
+        let depends = info.n_in_flight.is_some() || self.watches_old_files(&info);
+        if info.mount != self.from.mount() && !depends {
+            return Ok(());
+        }
+        if info.locks.iter().any(|lock| lock.owner == Owner::Other) {
+            return Err(RebaseRefusal::Lease { pid, number }.into());
+        }
+        let close_on_exec = info.flags & libc::O_CLOEXEC != 0;
+        let locks: Vec<_> = info.locks.iter().copied().filter(|lock| lock.owner == Owner::Process).collect();
+        let Some(description) = self.description(at, link, info, table, cwd)? else { return Ok(()) };
+        held.locks.extend(locks.into_iter().map(|lock| (description, lock)));
+        held.holdings.push(Holding { number, close_on_exec, description });
         Ok(())
     }
 
     /// The index of the description behind a descriptor; `None`: it does not depend on the old mount.
     fn description(
         &mut self,
-        seat: &Seat,
-        number: i32,
+        task: (pid_t, pid_t, i32),
+        link: Link,
         mut info: FdInfo,
-        pidfd: &OwnedFd,
+        table: &Table,
+        cwd: Option<&Place>,
     ) -> Result<Option<usize>, RebaseError> {
-        let failed = |op| {
-            let pid = seat.pid;
-            move |source| RebaseError::Process { op, pid, source }
-        };
+        let (pid, tid, number) = task;
+        let failed = |op| move |source| RebaseError::Process { op, pid, source };
         info.flags &= !libc::O_CLOEXEC;
-        let alike = self.known.entry((info.ino, info.flags, info.position)).or_default();
-        for &(tid, other, index) in alike.iter() {
-            let same = compare(tid, seat.tid, Compared::Descriptions(other, number));
-            if same.map_err(failed("compare the descriptors"))? == Ordering::Equal {
-                return Ok(Some(index));
-            }
-        }
-        let old = pidfd_getfd(pidfd.as_fd(), number).map_err(failed("copy a descriptor"))?;
-        let link = format!("/proc/{}/task/{}/fd/{number}", seat.pid, seat.tid);
+        let key = (info.ino, info.flags, info.position);
+        let alike = self.known.get(&key).map_or(&[][..], Vec::as_slice);
+        let found =
+            search(alike, |(other_tid, other, _)| compare(*other_tid, tid, Compared::Descriptions(*other, number)));
+        let at = match found.map_err(failed("compare the descriptors"))? {
+            Ok(at) => return Ok(Some(alike[at].2)),
+            Err(at) => at,
+        };
+        let old = table.copy(number).map_err(failed("copy a descriptor"))?;
+        let look = stat(old.as_fd()).map_err(failed("look at a descriptor"))?;
         let (place, kind) = if info.mount == self.from.mount() {
-            let place = self.place(&link).map_err(failed("find a file"))?;
-            (place.ok_or_else(|| failed("find a file")(io::Error::other("a descriptor that moved")))?, Kind::File)
+            let Link::Path(path) = link else {
+                let why = if matches!(link, Link::TooLong) { Errno::ENAMETOOLONG } else { Errno::ENOENT };
+                return Err(failed("find a file")(why.into()));
+            };
+            (self.named(look, path).map_err(failed("find a file"))?, Kind::File)
         } else if info.watches.is_empty() {
             let Some(name) = name_of(old.as_fd()).map_err(failed("find the name of a socket"))? else {
                 return Ok(None);
             };
             let link = format!("/proc/thread-self/fd/{}", name.as_raw_fd());
             let Some(place) = self.place(&link).map_err(failed("find the name of a socket"))? else { return Ok(None) };
-            let Some(listener) = listener::look(&old, &place, seat.pid, number)? else { return Ok(None) };
+            let Some(listener) = listener::look(&old, &place, pid, number)? else { return Ok(None) };
             (place, Kind::Listener(listener))
         } else {
             if has_unread(&old).map_err(failed("look at an inotify instance"))? {
-                return Err(RebaseRefusal::Unread { pid: seat.pid, number }.into());
+                return Err(RebaseRefusal::Unread { pid, number }.into());
             }
-            let near = seat.cwd.as_ref().map_or(c"/", |(place, _)| place.path.as_c_str());
-            let watcher = Watcher::find(&info.watches, self.from, near).map_err(|watch| RebaseRefusal::Watch {
-                pid: seat.pid,
-                number,
-                watch,
-            })?;
-            let stat = stat(old.as_fd()).map_err(failed("look at an inotify instance"))?;
-            (Place { path: c"inotify".into(), stat, unlinked: true }, Kind::Watcher(watcher))
+            let near = cwd.map_or(c"/", |place| place.path.as_c_str());
+            let watcher = Watcher::find(&info.watches, self.from, near);
+            let watcher = watcher.map_err(|watch| RebaseRefusal::Watch { pid, number, watch })?;
+            (Place { path: c"inotify".into(), stat: look, unlinked: true }, Kind::Watcher(watcher))
         };
         let index = self.descriptions.len();
-        let key = (info.ino, info.flags, info.position);
-        self.known.entry(key).or_default().push((seat.tid, number, index));
+        self.known.entry(key).or_default().insert(at, (tid, number, index));
         self.descriptions.push(Description { old: Some(old), place, info, kind, new: None });
         Ok(Some(index))
     }
@@ -233,7 +231,12 @@ impl Finder<'_> {
         if stat.mount != self.from.mount() {
             return Ok(None);
         }
-        let mut path = fs::read_link(link)?.into_os_string().into_vec();
+        let path = fs::read_link(link)?.into_os_string().into_vec();
+        self.named(stat, path).map(Some)
+    }
+
+    /// The place of a file of the old mount that d_path calls so.
+    fn named(&self, stat: Stat, mut path: Vec<u8>) -> io::Result<Place> {
         // Of a root that was left already; nobody else's files have this path.
         let landing = [b"/", LANDING.to_bytes()].concat();
         if let Some(rest) = path.strip_prefix(landing.as_slice()).filter(|rest| rest.is_empty() || rest[0] == b'/') {
@@ -243,7 +246,7 @@ impl Finder<'_> {
         if unlinked {
             path.truncate(path.len() - DELETED.len());
         }
-        Ok(Some(Place { path: CString::new(path)?, stat, unlinked }))
+        Ok(Place { path: CString::new(path)?, stat, unlinked })
     }
 
     /// Whether the file has just the name that d_path gave it: a name may end in " (deleted)".
@@ -282,6 +285,20 @@ impl Finder<'_> {
     }
 }
 
+/// Where in a sorted list something is, or where it belongs.
+fn search<T>(sorted: &[T], mut compare: impl FnMut(&T) -> io::Result<Ordering>) -> io::Result<Result<usize, usize>> {
+    let (mut low, mut high) = (0, sorted.len());
+    while low < high {
+        let middle = usize::midpoint(low, high);
+        match compare(&sorted[middle])? {
+            Ordering::Equal => return Ok(Ok(middle)),
+            Ordering::Less => low = middle + 1,
+            Ordering::Greater => high = middle,
+        }
+    }
+    Ok(Err(low))
+}
+
 /// How long a process that was killed may take to end (chosen: it needs a CPU and microseconds).
 const END_PATIENCE: Duration = Duration::from_millis(100);
 
@@ -299,17 +316,6 @@ pub(super) fn is_over(pid: pid_t) -> bool {
         std::thread::yield_now();
     }
     true
-}
-
-/// The descriptor numbers of a task, sorted.
-fn numbers(pid: pid_t, tid: pid_t) -> io::Result<Vec<i32>> {
-    let mut numbers = Vec::new();
-    for entry in fs::read_dir(format!("/proc/{pid}/task/{tid}/fd"))? {
-        let name: OsString = entry?.file_name();
-        numbers.extend(name.to_str().and_then(|name| name.parse::<i32>().ok()));
-    }
-    numbers.sort_unstable();
-    Ok(numbers)
 }
 
 fn has_locked_memory(tid: pid_t) -> io::Result<bool> {

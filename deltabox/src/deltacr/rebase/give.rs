@@ -4,28 +4,27 @@
 //! process                                     engine
 //! socketpair(a, b) ------------------------>  pidfd_getfd(b)
 //!                                             sendmsg(up to 60 descriptors)
-//! one batch: recvmsg(a); dup3, fchdir, mmap; close_range
-//! ... until all are there; then, in one more:
+//! one batch: recvmsg(a); dup3, mmap, fchdir; close_range
+//! ... until all are there; with the last:
 //!            close(a), close(b); locks; epoll
 //! ```
 //! recvmsg takes the lowest free numbers, and nothing else runs, so the engine knows them before it writes the batch.
 //! Locks of the process come last: closing any descriptor of a file would take them away.
 
-use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use libc::pid_t;
 
-use super::fdinfo::Target;
 use super::find::is_over;
-use super::open::{Opened, file_error, range};
-use super::{Description, Holding, Kind, Plan, RebaseError, RebaseRefusal, Seat};
+use super::gifts::{FCHDIR, Gift, LastCall, Use, call, gifts, last_calls, needs_work, number, unsigned};
+use super::open::{Opened, file_error};
+use super::{Description, Kind, Plan, RebaseError, RebaseRefusal, Seat};
 use crate::deltacr::inject::{Call, Hand};
 use crate::deltacr::stop::Stopped;
 use crate::sandbox::root::Namespace;
 use crate::sys::fs::chmod;
-use crate::sys::process::{descriptor_limit, pidfd_getfd, pidfd_open_thread};
+use crate::sys::process::{descriptor_limit, pidfd_getfd};
 use crate::sys::socket::send_with_fds;
 use crate::sys::stat::stat;
 
@@ -35,12 +34,10 @@ const N_PER_MESSAGE: usize = 60;
 /// Of a listener that was made again (chosen: the kernel cuts it to net.core.somaxconn; the old one's is not told).
 const BACKLOG: u64 = 4096;
 
-const FCHDIR: &str = "fchdir";
-
 // Where things lie in the hand's scratch memory.
 const PAIR: u64 = 0;
 const HEADER: u64 = 64;
-const VECTOR: u64 = 128;
+const VECTOR: u64 = HEADER + 64;
 const BYTE: u64 = 144;
 const CONTROL: u64 = 256;
 const ARGUMENTS: u64 = 4096;
@@ -96,143 +93,39 @@ fn serve(
     for holding in &seat.holdings {
         session.make(&mut descriptions[holding.description], namespace)?;
     }
-    session.give(&gifts(seat, descriptions), &last_calls(seat, descriptions))
-}
-
-/// Whether something in this process is to be replaced.
-fn needs_work(seat: &Seat, descriptions: &[Description]) -> bool {
-    let is_new = |holding: &Holding| {
-        let description = &descriptions[holding.description];
-        description.new.is_some()
-            || match &description.kind {
-                Kind::File => false,
-                Kind::Listener(listener) => listener.is_there(),
-                Kind::Watcher(_) => true,
-            }
-    };
-    seat.holdings.iter().any(is_new)
-        || seat.cwd.as_ref().is_some_and(|(_, new)| new.is_some())
-        || seat.mappings.iter().any(|mapping| mapping.new.is_some())
-}
-
-fn gifts<'a>(seat: &'a Seat, descriptions: &'a [Description]) -> Vec<Gift<'a>> {
-    let new = |index: usize| descriptions.get(index).and_then(|one| one.new.as_ref());
-    let mut gifts = Vec::new();
-    for holding in &seat.holdings {
-        let flags = if holding.close_on_exec { libc::O_CLOEXEC } else { 0 };
-        let what = Use::Descriptor { number: holding.number, flags };
-        gifts.extend(new(holding.description).map(|file| Gift { file: file.as_fd(), what }));
-    }
-    if let Some((_, Some(new))) = seat.cwd.as_ref().filter(|(_, new)| new.is_some()) {
-        gifts.push(Gift { file: new.as_fd(), what: Use::WorkingDirectory });
-    }
-    for mapping in &seat.mappings {
-        let lock = if mapping.locked { libc::MAP_LOCKED } else { 0 };
-        let what = Use::Mapping {
-            start: mapping.start,
-            len_bytes: mapping.len_bytes,
-            protection: mapping.protection,
-            flags: unsigned(libc::MAP_SHARED | libc::MAP_FIXED | lock),
-            offset_bytes: mapping.offset_bytes,
-        };
-        gifts.extend(mapping.new.as_ref().map(|file| Gift { file: file.as_fd(), what }));
-    }
-    gifts
-}
-
-/// What only works once all descriptors are in their places.
-fn last_calls(seat: &Seat, descriptions: &[Description]) -> Vec<LastCall> {
-    let moved = |index: usize| descriptions.get(index).filter(|one| one.new.is_some());
-    let mut calls = Vec::new();
-    let mut done = BTreeSet::new();
-    for &(index, lock) in &seat.locks {
-        let Some(description) = moved(index) else { continue };
-        if !done.insert((description.place.stat.identity(), lock)) {
-            continue;
+    match session.give(&gifts(seat, descriptions), &last_calls(seat, descriptions)) {
+        Err(RebaseError::Call { call: FCHDIR, source, .. }) if is_denied(&source) => {
+            give_denied_directory(stopped, seat)
         }
-        // A shared lock wants a descriptor that can be read, an exclusive one a descriptor that can be written.
-        let wrong = if lock.exclusive { libc::O_RDONLY } else { libc::O_WRONLY };
-        let fits = |other: &&Holding| {
-            moved(other.description).is_some_and(|one| {
-                one.place.stat.identity() == description.place.stat.identity()
-                    && one.info.flags & libc::O_ACCMODE != wrong
-                    && one.info.flags & libc::O_PATH == 0
-            })
-        };
-        if let Some(holding) = seat.holdings.iter().find(fits) {
-            let l = range(&lock);
-            let mut bytes = Vec::with_capacity(size_of::<libc::flock>());
-            bytes.extend(l.l_type.to_ne_bytes());
-            bytes.extend(l.l_whence.to_ne_bytes());
-            bytes.extend([0; 4]);
-            bytes.extend(l.l_start.to_ne_bytes());
-            bytes.extend(l.l_len.to_ne_bytes());
-            bytes.extend([0; 8]);
-            calls.push(LastCall {
-                name: "fcntl(F_SETLK)",
-                nr: libc::SYS_fcntl,
-                args: vec![number(holding.number), unsigned(libc::F_SETLK)],
-                bytes,
-            });
-        }
-    }
-    let polled = |target: &Target| {
-        let of = |holding: &&Holding| holding.number == target.number;
-        let description = seat.holdings.iter().find(of).and_then(|holding| moved(holding.description));
-        // Regular files and directories cannot be in such a list.
-        description.is_some_and(|one| !matches!(one.kind, Kind::File) || one.place.stat.kind() == libc::S_IFIFO)
-    };
-    for (epoll, targets) in &seat.epolls {
-        for target in targets.iter().filter(|target| polled(target)) {
-            let mut bytes = target.events.to_ne_bytes().to_vec();
-            bytes.extend(target.data.to_ne_bytes());
-            calls.push(LastCall {
-                name: "epoll_ctl",
-                nr: libc::SYS_epoll_ctl,
-                args: vec![number(*epoll), unsigned(libc::EPOLL_CTL_ADD), number(target.number)],
-                bytes,
-            });
-        }
-    }
-    calls
-}
-
-/// A descriptor for a process, and what it is for.
-struct Gift<'a> {
-    file: BorrowedFd<'a>,
-    what: Use,
-}
-
-#[derive(Clone, Copy)]
-enum Use {
-    Descriptor { number: i32, flags: i32 },
-    WorkingDirectory,
-    Mapping { start: u64, len_bytes: u64, protection: u64, flags: u64, offset_bytes: u64 },
-}
-
-impl Use {
-    /// The call that puts descriptor `received` to its use, and its name.
-    fn call(self, received: i32) -> (Call, &'static str) {
-        let received = number(received);
-        match self {
-            Self::Descriptor { number: to, flags } => {
-                (call(libc::SYS_dup3, &[received, number(to), unsigned(flags)]), "dup3")
-            }
-            Self::WorkingDirectory => (call(libc::SYS_fchdir, &[received]), FCHDIR),
-            Self::Mapping { start, len_bytes, protection, flags, offset_bytes } => {
-                let args = [start, len_bytes, protection, flags, received, offset_bytes];
-                (call(libc::SYS_mmap, &args), "mmap")
-            }
-        }
+        given => given,
     }
 }
 
-/// A call with the address of bytes in memory as its last argument.
-struct LastCall {
-    name: &'static str,
-    nr: i64,
-    args: Vec<u64>,
-    bytes: Vec<u8>,
+/// A process may be in a directory that it may not enter (any more). fchdir asks the directory alone, so that lets
+/// everybody in for a moment, in which nobody runs. All else has been given.
+fn give_denied_directory(stopped: &mut Stopped, seat: &Seat) -> Result<(), RebaseError> {
+    let failed = |source| RebaseError::Process { op: "change the working directory", pid: seat.pid, source };
+    let Some((_, Some(directory))) = &seat.cwd else { return Ok(()) };
+    let mode = stat(directory.as_fd()).map_err(failed)?.mode & 0o7777;
+    let session = Session::open(stopped, seat)?;
+    chmod(directory.as_fd(), mode | 0o111).map_err(failed)?;
+    let given = session.give(&[Gift { file: directory.as_fd(), what: Use::WorkingDirectory }], &[]);
+    chmod(directory.as_fd(), mode).map_err(failed)?;
+    given
+}
+
+/// Calls, and the name of each.
+#[derive(Default)]
+struct Batch {
+    calls: Vec<Call>,
+    names: Vec<&'static str>,
+}
+
+impl Batch {
+    fn add(&mut self, name: &'static str, call: Call) {
+        self.calls.push(call);
+        self.names.push(name);
+    }
 }
 
 /// The engine at work in one process.
@@ -241,15 +134,17 @@ struct Session<'a> {
     pid: pid_t,
     /// Both ends in the process.
     pair: [i32; 2],
+    /// They are open.
+    paired: bool,
     /// The engine's end.
     socket: OwnedFd,
-    pidfd: OwnedFd,
+    task: BorrowedFd<'a>,
     /// Numbers that are free and below the limit, lowest first.
     free: Vec<i32>,
 }
 
 impl<'a> Session<'a> {
-    fn open(stopped: &'a mut Stopped, seat: &Seat) -> Result<Self, RebaseError> {
+    fn open(stopped: &'a mut Stopped, seat: &'a Seat) -> Result<Self, RebaseError> {
         let (pid, tid) = (seat.pid, seat.tid);
         let failed = |op| move |source| RebaseError::Process { op, pid, source };
         let limit = descriptor_limit(tid).map_err(failed("read the limits"))?;
@@ -265,10 +160,10 @@ impl<'a> Session<'a> {
         let mut bytes = [0; 8];
         hand.read(scratch + PAIR, &mut bytes)?;
         let pair = [0, 4].map(|at| bytes[at..at + 4].try_into().map_or(-1, i32::from_ne_bytes));
-        let pidfd = pidfd_open_thread(tid).map_err(failed("open"))?;
-        let socket = pidfd_getfd(pidfd.as_fd(), pair[1]).map_err(failed("copy a descriptor"))?;
+        let task = seat.task.as_fd();
+        let socket = pidfd_getfd(task, pair[1]).map_err(failed("copy a descriptor"))?;
         let free = free.into_iter().filter(|number| !pair.contains(number)).collect();
-        Ok(Self { hand, pid, pair, socket, pidfd, free })
+        Ok(Self { hand, pid, pair, paired: true, socket, task, free })
     }
 
     /// Makes what only a process can make, and the engine's copy of it.
@@ -307,7 +202,7 @@ impl<'a> Session<'a> {
         let result = self.hand.call(made.nr, made.args)?;
         check(self.pid, name, result)?;
         let number = i32::try_from(result).unwrap_or(-1);
-        let copied = pidfd_getfd(self.pidfd.as_fd(), number);
+        let copied = pidfd_getfd(self.task, number);
         let copy = copied.map_err(|source| RebaseError::Process { op: "copy a descriptor", pid: self.pid, source })?;
         Ok((result.cast_unsigned(), copy))
     }
@@ -318,38 +213,41 @@ impl<'a> Session<'a> {
     }
 
     fn give(mut self, gifts: &[Gift<'_>], last: &[LastCall]) -> Result<(), RebaseError> {
-        let mut given = Ok(());
-        for some in gifts.chunks(self.free.len().min(N_PER_MESSAGE)) {
-            given = self.give_some(some);
-            if matches!(&given, Err(RebaseError::Call { call: FCHDIR, source, .. }) if is_denied(source)) {
-                given = self.give_denied_directory(some);
-            }
-            if given.is_err() {
-                break;
-            }
-        }
-        // The pair goes in any case.
-        let ended = self.end(last);
+        let mut rest = last;
+        let given = self.give_gifts(gifts, &mut rest);
+        let ended = self.end(rest);
         self.hand.close()?;
         given.and(ended)
     }
 
-    /// A process may be in a directory that it may not enter (any more). fchdir asks the directory alone, so that lets
-    /// everybody in for a moment, in which nobody runs.
-    fn give_denied_directory(&mut self, gifts: &[Gift<'_>]) -> Result<(), RebaseError> {
-        let pid = self.pid;
-        let failed = |source| RebaseError::Process { op: "change the working directory", pid, source };
-        for gift in gifts.iter().filter(|gift| matches!(gift.what, Use::WorkingDirectory)) {
-            let mode = stat(gift.file).map_err(failed)?.mode & 0o7777;
-            chmod(gift.file, mode | 0o111).map_err(failed)?;
-            let given = self.give_some(std::slice::from_ref(gift));
-            chmod(gift.file, mode).map_err(failed)?;
-            given?;
+    /// Of `rest`, as many as there is room for come with the last of the gifts.
+    fn give_gifts(&mut self, gifts: &[Gift<'_>], rest: &mut &[LastCall]) -> Result<(), RebaseError> {
+        let mut chunks = gifts.chunks(self.free.len().min(N_PER_MESSAGE)).peekable();
+        while let Some(some) = chunks.next() {
+            let mut batch = Batch::default();
+            self.receive(some, &mut batch)?;
+            if chunks.peek().is_none() {
+                self.close_pair(&mut batch);
+                *rest = self.add_last(rest, &mut batch)?;
+            }
+            self.run(&batch)?;
+            self.check_received(some.len())?;
         }
         Ok(())
     }
 
-    fn give_some(&mut self, gifts: &[Gift<'_>]) -> Result<(), RebaseError> {
+    fn end(&mut self, mut rest: &[LastCall]) -> Result<(), RebaseError> {
+        while self.paired || !rest.is_empty() {
+            let mut batch = Batch::default();
+            self.close_pair(&mut batch);
+            rest = self.add_last(rest, &mut batch)?;
+            self.run(&batch)?;
+        }
+        Ok(())
+    }
+
+    /// Sends files, and adds the calls that receive them and put them to their use.
+    fn receive(&mut self, gifts: &[Gift<'_>], batch: &mut Batch) -> Result<(), RebaseError> {
         let pid = self.pid;
         let files: Vec<_> = gifts.iter().map(|gift| gift.file).collect();
         send_with_fds(self.socket.as_fd(), &[0], &files).map_err(|source| RebaseError::Process {
@@ -358,61 +256,75 @@ impl<'a> Session<'a> {
             source,
         })?;
         let scratch = self.hand.scratch().start;
-        let control_bytes = 16 + 4 * gifts.len() as u64;
-        let header = [0, 0, scratch + VECTOR, 1, scratch + CONTROL, control_bytes.next_multiple_of(8), 0];
+        let room_bytes = control_bytes(gifts.len()).next_multiple_of(8) as u64;
+        let header = [0, 0, scratch + VECTOR, 1, scratch + CONTROL, room_bytes, 0, 0, scratch + BYTE, 1];
         self.hand.write(scratch + HEADER, &words(&header))?;
-        self.hand.write(scratch + VECTOR, &words(&[scratch + BYTE, 1]))?;
         let flags = unsigned(libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT);
-        let mut calls = vec![call(libc::SYS_recvmsg, &[number(self.pair[0]), scratch + HEADER, flags])];
-        let mut names = vec!["recvmsg"];
+        batch.add("recvmsg", call(libc::SYS_recvmsg, &[number(self.pair[0]), scratch + HEADER, flags]));
         for (gift, received) in gifts.iter().zip(&self.free) {
             let (call, name) = gift.what.call(*received);
-            calls.push(call);
-            names.push(name);
+            batch.add(name, call);
         }
         for (first, last) in runs(&self.free[..gifts.len()]) {
-            calls.push(call(libc::SYS_close_range, &[number(first), number(last), 0]));
-            names.push("close_range");
-        }
-        let results = self.hand.run(&calls)?;
-        // That of the directory last: whoever mends it must know that all others are right.
-        let (directory, others): (Vec<_>, Vec<_>) = results.iter().zip(names).partition(|(_, name)| *name == FCHDIR);
-        others.into_iter().chain(directory).try_for_each(|(result, name)| check(pid, name, *result))?;
-        // Numbers that are not those foreseen would have shown as EBADF, or in what was received.
-        let mut control = vec![0; usize::try_from(control_bytes).unwrap_or(0)];
-        self.hand.read(scratch + CONTROL, &mut control)?;
-        let received = control[16..].chunks_exact(4).map(|four| four.try_into().map_or(-1, i32::from_ne_bytes));
-        if received.eq(self.free[..gifts.len()].iter().copied()) {
-            Ok(())
-        } else {
-            let source = io::Error::other("descriptors arrived under other numbers than foreseen");
-            Err(RebaseError::Call { call: "recvmsg", pid, source })
-        }
-    }
-
-    fn end(&mut self, last: &[LastCall]) -> Result<(), RebaseError> {
-        let closed = self.pair.map(|end| call(libc::SYS_close, &[number(end)]));
-        let results = self.hand.run(&closed)?;
-        results.iter().try_for_each(|result| check(self.pid, "close", *result))?;
-        let memory = self.hand.scratch().start + ARGUMENTS..self.hand.scratch().end;
-        let mut rest = last;
-        while !rest.is_empty() {
-            let (mut calls, mut at) = (Vec::new(), memory.start);
-            for one in rest {
-                let end = at + one.bytes.len() as u64;
-                if end > memory.end {
-                    break;
-                }
-                self.hand.write(at, &one.bytes)?;
-                calls.push(call(one.nr, &[one.args.as_slice(), &[at]].concat()));
-                at = end.next_multiple_of(16);
-            }
-            let results = self.hand.run(&calls)?;
-            results.iter().zip(rest).try_for_each(|(result, one)| check(self.pid, one.name, *result))?;
-            rest = &rest[calls.len()..];
+            batch.add("close_range", call(libc::SYS_close_range, &[number(first), number(last), 0]));
         }
         Ok(())
     }
+
+    /// Numbers that are not those foreseen would have shown as EBADF, or show here.
+    fn check_received(&self, n: usize) -> Result<(), RebaseError> {
+        let mut control = vec![0; control_bytes(n)];
+        self.hand.read(self.hand.scratch().start + CONTROL, &mut control)?;
+        let received = control[16..].chunks_exact(4).map(|four| four.try_into().map_or(-1, i32::from_ne_bytes));
+        if received.eq(self.free[..n].iter().copied()) {
+            Ok(())
+        } else {
+            let source = io::Error::other("descriptors arrived under other numbers than foreseen");
+            Err(RebaseError::Call { call: "recvmsg", pid: self.pid, source })
+        }
+    }
+
+    fn close_pair(&mut self, batch: &mut Batch) {
+        if std::mem::take(&mut self.paired) {
+            for end in self.pair {
+                batch.add("close", call(libc::SYS_close, &[number(end)]));
+            }
+        }
+    }
+
+    /// As many as there is room for what they point to; the rest.
+    fn add_last<'l>(&self, last: &'l [LastCall], batch: &mut Batch) -> Result<&'l [LastCall], RebaseError> {
+        let memory = self.hand.scratch().start + ARGUMENTS..self.hand.scratch().end;
+        let (mut bytes, mut n) = (Vec::new(), 0);
+        for one in last {
+            let at = memory.start + bytes.len() as u64;
+            if at + one.bytes.len() as u64 > memory.end {
+                break;
+            }
+            bytes.extend(&one.bytes);
+            bytes.resize(bytes.len().next_multiple_of(16), 0);
+            batch.add(one.name, call(one.nr, &[one.args.as_slice(), &[at]].concat()));
+            n += 1;
+        }
+        if n > 0 {
+            self.hand.write(memory.start, &bytes)?;
+        }
+        Ok(&last[n..])
+    }
+
+    /// Makes the calls and looks at what came of them.
+    fn run(&mut self, batch: &Batch) -> Result<(), RebaseError> {
+        let results = self.hand.run(&batch.calls)?;
+        // That of the directory last: whoever mends it must know that all others are right.
+        let (directory, others): (Vec<_>, Vec<_>) =
+            results.iter().zip(&batch.names).partition(|(_, name)| **name == FCHDIR);
+        others.into_iter().chain(directory).try_for_each(|(result, name)| check(self.pid, name, *result))
+    }
+}
+
+/// Of a message with `n` descriptors (cmsg(3)): its header, and they.
+fn control_bytes(n: usize) -> usize {
+    16 + 4 * n
 }
 
 /// The lowest `n` numbers that are not in use, below the limit.
@@ -435,12 +347,6 @@ fn runs(numbers: &[i32]) -> Vec<(i32, i32)> {
     runs
 }
 
-fn call(nr: i64, args: &[u64]) -> Call {
-    let mut six = [0; 6];
-    six[..args.len()].copy_from_slice(args);
-    Call { nr, args: six }
-}
-
 fn check(pid: pid_t, call: &'static str, result: i64) -> Result<(), RebaseError> {
     if !(-4095..0).contains(&result) {
         return Ok(());
@@ -451,15 +357,6 @@ fn check(pid: pid_t, call: &'static str, result: i64) -> Result<(), RebaseError>
 
 fn is_denied(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::PermissionDenied
-}
-
-/// An argument as the kernel takes it.
-fn number(fd: i32) -> u64 {
-    i64::from(fd).cast_unsigned()
-}
-
-fn unsigned(flags: i32) -> u64 {
-    flags.cast_unsigned().into()
 }
 
 fn words(words: &[u64]) -> Vec<u8> {

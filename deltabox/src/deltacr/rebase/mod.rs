@@ -15,9 +15,12 @@ mod error;
 mod fdinfo;
 mod fifo;
 mod find;
+mod gifts;
 mod give;
 mod listener;
 mod open;
+mod position;
+mod table;
 mod unlinked;
 mod watcher;
 
@@ -59,6 +62,8 @@ struct Seat {
     pid: pid_t,
     /// Its first thread.
     tid: pid_t,
+    /// The same as a pidfd.
+    task: OwnedFd,
     /// Descriptors to be replaced, unless another seat shares the table.
     holdings: Vec<Holding>,
     /// All descriptor numbers in use, sorted.

@@ -12,7 +12,7 @@ use nix::unistd::{UnlinkatFlags, Whence, lseek, unlinkat};
 
 use super::fdinfo::{Lock, Owner};
 use super::unlinked::Copies;
-use super::{Description, Kind, Missing, Place, Plan, RebaseError, fifo};
+use super::{Description, Kind, Missing, Place, Plan, RebaseError, fifo, position};
 use crate::sandbox::root::Root;
 use crate::sys::fs::{lock_description, set_times};
 use crate::sys::stat::stat;
@@ -83,17 +83,21 @@ impl Opener<'_> {
         if flags.contains(OFlag::O_PATH) {
             return self.named(place, flags | OFlag::O_NOFOLLOW);
         }
-        let new = if place.stat.kind() == libc::S_IFDIR {
+        let is_directory = place.stat.kind() == libc::S_IFDIR;
+        let new = if is_directory {
             self.directory(place, flags)?
         } else {
             flags.remove(OFlag::O_TMPFILE);
             self.file(place, old.as_fd(), flags)?
         };
-        if let Some(new) = &new
-            && description.info.position != 0
-        {
-            let at = lseek(new, description.info.position, Whence::SeekSet);
-            at.map_err(|errno| file_error("set the position in", place, errno.into()))?;
+        let at = description.info.position;
+        if let Some(new) = new.as_ref().filter(|_| at != 0) {
+            let set = if is_directory {
+                position::carry_over(old.as_fd(), at, new.as_fd())
+            } else {
+                lseek(new, at, Whence::SeekSet).map(drop).map_err(io::Error::from)
+            };
+            set.map_err(|source| file_error("set the position in", place, source))?;
         }
         Ok(new)
     }

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, mknodat};
@@ -31,6 +32,7 @@ pub(super) struct Copier<'a> {
     origins: Origins,
     /// Where the copy of a file with several names is.
     copies: BTreeMap<(u64, u64), PathBuf>,
+    cancel: &'a AtomicBool,
 }
 
 /// How much work it was.
@@ -41,8 +43,8 @@ pub(super) struct Copied {
 }
 
 impl<'a> Copier<'a> {
-    pub(super) fn new(into: BorrowedFd<'a>, origins: Origins) -> Self {
-        Self { into, origins, copies: BTreeMap::new() }
+    pub(super) fn new(into: BorrowedFd<'a>, origins: Origins, cancel: &'a AtomicBool) -> Self {
+        Self { into, origins, copies: BTreeMap::new(), cancel }
     }
 
     /// Copies anything but a directory to `name` in `out`, which is at `path` of the merged layer.
@@ -61,7 +63,7 @@ impl<'a> Copier<'a> {
             Kind::File => {
                 let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
                 let to = File::from(openat(out, name, flags, Mode::S_IRUSR | Mode::S_IWUSR)?);
-                copied = copy_content(entry, &stat, &to)?;
+                copied = copy_content(entry, &stat, &to, self.cancel)?;
                 self.attributes(entry, to.as_fd())?;
                 return Ok(copied);
             }
@@ -103,7 +105,7 @@ impl<'a> Copier<'a> {
     }
 }
 
-fn copy_content(entry: &Entry, stat: &FileStat, to: &File) -> io::Result<Copied> {
+fn copy_content(entry: &Entry, stat: &FileStat, to: &File, cancel: &AtomicBool) -> io::Result<Copied> {
     // Without a trace in the source's time of access.
     let flags = OFlag::O_NOATIME | OFlag::O_CLOEXEC;
     let path = format!("/proc/thread-self/fd/{}", entry.fd().as_raw_fd());
@@ -111,13 +113,13 @@ fn copy_content(entry: &Entry, stat: &FileStat, to: &File) -> io::Result<Copied>
     if ficlone(from.as_fd(), to.as_fd()).is_ok() {
         return Ok(Copied { bytes: 0, is_shared: stat.st_size > 0 });
     }
-    let bytes = copy_data(&from, to, stat.st_size)?;
+    let bytes = copy_data(&from, to, stat.st_size, cancel)?;
     to.set_len(entry.size)?;
     Ok(Copied { bytes, is_shared: false })
 }
 
 /// Copies all but holes; says how many bytes.
-fn copy_data(from: &File, to: &File, end: i64) -> io::Result<u64> {
+fn copy_data(from: &File, to: &File, end: i64, cancel: &AtomicBool) -> io::Result<u64> {
     let mut buffer = Vec::new();
     let (mut at, mut copied) = (0, 0);
     while at < end {
@@ -131,6 +133,9 @@ fn copy_data(from: &File, to: &File, end: i64) -> io::Result<u64> {
         let mut offset = u64::try_from(data).map_err(io::Error::other)?;
         let until = u64::try_from(hole).map_err(io::Error::other)?;
         while offset < until {
+            if cancel.load(Ordering::Relaxed) {
+                return Err(io::Error::other("cancelled"));
+            }
             let len = usize::try_from(until - offset).map_or(buffer.len(), |left| left.min(buffer.len()));
             from.read_exact_at(&mut buffer[..len], offset)?;
             to.write_all_at(&buffer[..len], offset)?;

@@ -27,6 +27,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::fcntl::OFlag;
 use nix::sys::stat::{Mode, SFlag, mkdirat, mknodat};
@@ -59,6 +60,9 @@ pub enum MergeError {
         /// The directory.
         path: PathBuf,
     },
+    /// Nobody wants it any more.
+    #[error("cancelled")]
+    Cancelled,
     /// A directory lies too deep.
     #[error("a path of more than {MAX_DEEP_BYTES} bytes")]
     TooDeep,
@@ -81,7 +85,8 @@ fn failed(op: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MergeError
 
 /// Makes, in the empty directory `into`, a layer that does in the place of `layers` what they do: consecutive frozen
 /// layers of a stack, the topmost first, over all that lies `below` them. The sources are only read. On return nothing
-/// is synced; on failure `into` is to be removed. Any thread; takes as long as copying what the layers hold.
+/// is synced; on failure `into` is to be removed. Any thread; takes as long as copying what the layers hold, but ends
+/// soon once `cancel` is set.
 ///
 /// # Errors
 /// [`MergeError::NotExpressible`] for layers that overlayfs did not make.
@@ -89,6 +94,7 @@ pub fn merge(
     layers: &[BorrowedFd<'_>],
     below: &[BorrowedFd<'_>],
     into: BorrowedFd<'_>,
+    cancel: &AtomicBool,
 ) -> Result<MergeReport, MergeError> {
     let all = [layers, below].concat();
     let root = Path::new("");
@@ -101,7 +107,8 @@ pub fn merge(
         view: View::new(&all, layers.len()),
         below: View::new(below, 0),
         into,
-        copier: Copier::new(into, origins),
+        copier: Copier::new(into, origins, cancel),
+        cancel,
         report: MergeReport::default(),
     };
     let mut dirs = vec![(PathBuf::new(), merging.view.root())];
@@ -123,6 +130,7 @@ struct Merging<'a> {
     below: View<'a>,
     into: BorrowedFd<'a>,
     copier: Copier<'a>,
+    cancel: &'a AtomicBool,
     report: MergeReport,
 }
 
@@ -133,6 +141,9 @@ impl Merging<'_> {
         let lower = self.lower(path, node)?;
         let mut subdirs = Vec::new();
         for name in self.view.top_names(node).map_err(failed("list", path))? {
+            if self.cancel.load(Ordering::Relaxed) {
+                return Err(MergeError::Cancelled);
+            }
             let child = path.join(&name);
             if child.as_os_str().len() > MAX_DEEP_BYTES {
                 return Err(MergeError::TooDeep);

@@ -14,13 +14,15 @@ use crate::deltafs::diff::{Options, Stacks, What, diff};
 use crate::deltafs::layer::open_dir;
 use crate::deltafs::testing::{Grown, Look, Opened, layers, look, op, run_cases, skipped_without_root, walk};
 
+static GO_ON: AtomicBool = AtomicBool::new(false);
+
 /// The same stack with those directories merged into one.
 fn merged(grown: &Grown, run: Range<usize>) -> (Grown, MergeReport) {
     let into = tempfile::tempdir_in(grown.scratch.path()).unwrap().keep();
     let opened = Opened::new(&grown.dirs);
     let fds = opened.fds();
     let into_fd = open_dir(&into).unwrap();
-    let report = merge(&fds[run.clone()], &fds[run.end..], into_fd.as_fd()).unwrap();
+    let report = merge(&fds[run.clone()], &fds[run.end..], into_fd.as_fd(), &GO_ON).unwrap();
     let mut after = grown.branch();
     after.dirs.splice(run, [into]);
     (after, report)
@@ -248,7 +250,7 @@ fn a_redirect_that_is_no_path_is_an_error() {
         let into = open_dir(into.path()).unwrap();
         let opened = Opened::new(&grown.dirs);
         let fds = opened.fds();
-        let error = merge(&fds[..1], &fds[1..], into.as_fd()).unwrap_err();
+        let error = merge(&fds[..1], &fds[1..], into.as_fd(), &GO_ON).unwrap_err();
         assert!(matches!(&error, MergeError::Io { path, .. } if path == Path::new("d")), "{bad:?}: {error}");
     }
 }
@@ -267,7 +269,7 @@ fn a_full_disk_is_an_error_and_the_sources_stay() {
     let small = crate::sys::mount::fsmount(small.as_fd(), 0).unwrap();
     let opened = Opened::new(&grown.dirs);
     let fds = opened.fds();
-    let error = merge(&fds[..1], &fds[1..], small.as_fd()).unwrap_err();
+    let error = merge(&fds[..1], &fds[1..], small.as_fd(), &GO_ON).unwrap_err();
     assert_eq!(error.to_string(), "copy /large: No space left on device (os error 28)");
     assert_same(&before, &look(&grown.dirs[0]));
 }

@@ -13,8 +13,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Driver, io_error};
+use super::merging::no_room;
+use super::{Driver, MAX_LAYERS, io_error};
 use crate::deltafs::layer::{LayerId, LiveLayer, RootLook};
+use crate::deltafs::layers::{Stack, StackError};
 use crate::engine::api::{CheckpointReport, CheckpointRequest, PhaseTime, RollbackReport, RollbackRequest};
 use crate::engine::footing::Footing;
 use crate::engine::manifest::Manifest;
@@ -27,14 +29,12 @@ use crate::latency::{Phase, Span};
 /// How long programs may take to stop, and commands that are just being started to start (chosen).
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Layers in a stack at most. From the kernel: 500 lower ones (OVL_MAX_STACK), of which skeleton and base take two;
-/// the rest is left for what is to come.
-const MAX_LAYERS: usize = 480;
-
 /// The next layer, mounted.
 struct Armed {
     layer: LiveLayer,
     mount: OwnedFd,
+    /// How its root looks.
+    look: RootLook,
 }
 
 impl Driver {
@@ -53,27 +53,35 @@ impl Driver {
         }
         let (init, group) = self.ready_to_switch()?;
         self.load_ground()?;
+        let unchanged = self.live.as_ref().map_or(Ok(false), LiveLayer::is_unchanged);
+        let unchanged = unchanged.map_err(io_error("look at the live layer of", &self.dir))?;
+        let top = Some(self.manifest.live);
+        let below = match unchanged {
+            true => self.engine.0.layers.known_stack(top).map_err(Error::Layer)?,
+            false => self.stack_with_room(|layers| layers.known_stack(top))?,
+        };
         let Self { engine, dir, manifest, live, footing, .. } = self;
         let (Some(live), Some(footing)) = (live.as_ref(), footing.as_ref()) else { return Err(Error::ShuttingDown) };
         let id = CheckpointId(manifest.next_checkpoint);
-        let below = engine.0.layers.known_chain(live.record().id).map_err(damaged)?;
         let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: id };
         let (mut armed, mut frozen_look) = (None, None);
-        if !live.is_unchanged().map_err(io_error("look at the live layer of", dir))? {
+        if !unchanged {
             armed = Some(arm.arm(live.root_look().map_err(io_error("look at the root of", dir))?)?);
         }
         let ground = Ground { init, group: &group, deadline: Instant::now() + DEADLINE };
         let next = || {
-            if live.is_unchanged()? {
+            // What had changed before the stop is not looked at again.
+            if armed.is_none() && live.is_unchanged()? {
                 return Ok(None);
             }
             let look = live.root_look()?;
-            let next = match &armed {
+            let next = match &mut armed {
                 Some(next) => next,
                 None => armed.insert(arm.arm(look.clone()).map_err(io::Error::other)?),
             };
-            if RootLook::of(next.mount.as_fd())? != look {
+            if next.look != look {
                 look.apply(next.mount.as_fd())?;
+                next.look = look.clone();
             }
             frozen_look = Some(look);
             next.mount.try_clone().map(Some)
@@ -146,11 +154,11 @@ impl Driver {
         let (init, group) = self.ready_to_switch()?;
         self.load_ground()?;
         let discarded = self.manifest.live;
+        let below = self.stack_with_room(|layers| layers.stack(target.top))?;
         let Self { engine, dir, manifest, footing, .. } = self;
         let Some(footing) = footing.as_ref() else { return Err(Error::ShuttingDown) };
-        let below = engine.0.layers.chain(target.top).map_err(damaged)?;
         let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: target.id };
-        let Armed { layer, mount } = arm.arm(target.root.clone())?;
+        let Armed { layer, mount, .. } = arm.arm(target.root.clone())?;
         let ground = Ground { init, group: &group, deadline: Instant::now() + DEADLINE };
         let switched = switch(&mut self.tracer, &ground, Purpose::Discard, || mount.try_clone().map(Some), span);
         let switched = self.after_switch(switched, Some(layer), "roll back")?;
@@ -190,9 +198,10 @@ impl Driver {
     }
 
     /// Leaves to the janitor what the operation has left behind, its old root detached.
-    pub(in crate::engine) fn clean_up(&self, old: Option<OldRoot>, discarded: Option<LayerId>) {
+    pub(in crate::engine) fn clean_up(&mut self, old: Option<OldRoot>, discarded: Option<LayerId>) {
         let Some(root) = old.map(OldRoot::detach) else { return };
-        let engine = self.engine.clone();
+        let (engine, replaced) = (self.engine.clone(), self.merging.take_replaced());
+        let (id, is_damaged) = (self.manifest.id.clone(), self.tree.is_damaged());
         self.engine.0.janitor.take(move || {
             if let Err(error) = root.tear_down() {
                 tracing::warn!(%error, "what is cached of an old root goes with its last user");
@@ -202,6 +211,9 @@ impl Driver {
                 && let Err(error) = engine.0.layers.remove(layer)
             {
                 tracing::error!(%layer, %error, "a discarded layer stays until the next gc");
+            }
+            if !is_damaged && let Err(error) = engine.collect_among(replaced) {
+                tracing::error!(sandbox = %id, %error, "layers that were merged stay until the next gc");
             }
         });
     }
@@ -240,7 +252,7 @@ impl Driver {
         if self.live.is_none() {
             let id = self.manifest.live;
             let layer = self.engine.0.layers.load(id);
-            self.live = Some(layer.map_err(|source| damaged(crate::deltafs::layers::ChainError { id, source }))?);
+            self.live = Some(layer.map_err(|source| Error::Layer(StackError { id, source }))?);
         }
         Ok(())
     }
@@ -288,11 +300,10 @@ impl Driver {
         saved.map_err(io_error("write the manifest in", &self.dir))
     }
 
-    /// Writes the layers of a chain to disk, down to one that a durable checkpoint has written already.
+    /// Writes the layers of a stack to disk.
     fn sync(&self, top: Option<LayerId>) -> Result<(), Error> {
         let layers = &self.engine.0.layers;
-        let is_written = |id: &LayerId| self.tree.iter().any(|one| one.durable && one.top == Some(*id));
-        for id in layers.chain(top).map_err(damaged)?.into_iter().take_while(|id| !is_written(id)) {
+        for id in layers.known_stack(top).map_err(Error::Layer)?.dirs() {
             let written = crate::fault::point("checkpoints.sync").and_then(|()| layers.sync(id));
             written.map_err(|source| Error::Io { op: "write to disk", path: layers.path(id), source })?;
         }
@@ -306,24 +317,20 @@ struct Arm<'a> {
     dir: &'a SandboxDir,
     footing: &'a Footing,
     manifest: &'a mut Manifest,
-    below: &'a [LayerId],
+    below: &'a Stack,
     head: CheckpointId,
 }
 
 impl Arm<'_> {
-    /// Makes a layer, says in sandbox.json that it may become the live one, mounts it over the chain.
+    /// Makes a layer, says in sandbox.json that it may become the live one, mounts it over the stack.
     fn arm(&mut self, look: RootLook) -> Result<Armed, Error> {
         if self.below.len() >= MAX_LAYERS {
-            return Err(Error::Refused {
-                what: format!("put another layer on `{}`", self.manifest.id),
-                why: format!("its stack has {} layers, and the kernel takes 500", self.below.len()),
-                hint: "roll back to a checkpoint with fewer layers below it (`deltabox tree`)".to_owned(),
-            });
+            return Err(no_room(&self.manifest.id, self.below.len()));
         }
         let failed = |op| io_error(op, self.dir);
-        let parent = self.below.first().copied();
         let (layers, head) = (&self.engine.0.layers, Some(self.head.to_string()));
-        let layer = layers.create(parent, &self.manifest.id, head, look).map_err(failed("make a layer for"))?;
+        let layer =
+            layers.create(self.below, &self.manifest.id, head, look.clone()).map_err(failed("make a layer for"))?;
         let id = layer.record().id;
         self.manifest.next = Some(id);
         let mounted = self
@@ -336,7 +343,7 @@ impl Arm<'_> {
             let _ = layers.remove(id);
             failed("mount the next root of")(source)
         })?;
-        Ok(Armed { layer, mount })
+        Ok(Armed { layer, mount, look })
     }
 }
 
@@ -357,10 +364,6 @@ fn without_processes(manifest: &Manifest, what: &str) -> Error {
         why: "this deltabox holds files only".to_owned(),
         hint: "give --fs-only".to_owned(),
     }
-}
-
-fn damaged(error: crate::deltafs::layers::ChainError) -> Error {
-    Error::Layer(error)
 }
 
 fn us(duration: Duration) -> u64 {

@@ -62,7 +62,8 @@ impl Sandbox {
         let below = if purpose == Purpose::Discard { &self.layers[..self.layers.len() - 1] } else { &self.layers[..] };
         let below: Vec<_> = below.iter().rev().copied().collect();
         let layers = &self.engine.0.layers;
-        let layer = layers.create(below.first().copied(), &self.id, None, RootLook::first()).unwrap();
+        let below = layers.known_stack(below.first().copied()).unwrap();
+        let layer = layers.create(&below, &self.id, None, RootLook::first()).unwrap();
         let footing = Footing::new(&self.engine, &BaseRef::default()).unwrap();
         let mount = footing.mount(&self.engine, &below, &layer).unwrap();
         let ground = Ground {
@@ -303,9 +304,10 @@ fn a_process_that_is_killed_while_it_stands_still_hinders_nobody() {
     let processes = sandbox.engine.processes(&sandbox.id).unwrap();
     let doomed = processes.iter().find(|process| process.command.contains("doomed")).unwrap().host_pid;
     let live = sandbox.layers[0];
-    let layer = sandbox.engine.0.layers.create(Some(live), &sandbox.id, None, RootLook::first()).unwrap();
+    let below = sandbox.engine.0.layers.known_stack(Some(live)).unwrap();
+    let layer = sandbox.engine.0.layers.create(&below, &sandbox.id, None, RootLook::first()).unwrap();
     let footing = Footing::new(&sandbox.engine, &BaseRef::default()).unwrap();
-    let mount = footing.mount(&sandbox.engine, &[live], &layer).unwrap();
+    let mount = footing.mount(&sandbox.engine, &below, &layer).unwrap();
     let group = report.cgroup.join("live");
     let ground =
         Ground { init: report.init_pid.unwrap(), group: &group, deadline: Instant::now() + Duration::from_secs(20) };

@@ -13,14 +13,24 @@ pub(crate) struct Cell {
     pub(crate) n_processes: usize,
     /// Files of 4 KiB written before each checkpoint and each rollback.
     pub(crate) n_dirty: usize,
-    /// Frozen layers under the live one.
+    /// Checkpoints that the live layer comes from, each with a layer of its own.
     pub(crate) n_layers: usize,
+    /// As many layers may be in a stack before some are merged.
+    pub(crate) merge_above: usize,
 }
 
-const BASE: Cell = Cell { name: "base", n_descriptions: 4, writable: true, n_processes: 1, n_dirty: 20, n_layers: 1 };
+const BASE: Cell = Cell {
+    name: "base",
+    n_descriptions: 4,
+    writable: true,
+    n_processes: 1,
+    n_dirty: 20,
+    n_layers: 1,
+    merge_above: 480,
+};
 
 /// All of them. `base`: 4 descriptions open for writing, 1 process, 20 files, 1 layer.
-const CELLS: [Cell; 11] = [
+const CELLS: [Cell; 12] = [
     BASE,
     Cell { name: "read-only", writable: false, ..BASE },
     Cell { name: "unchanged", writable: false, n_dirty: 0, ..BASE },
@@ -32,6 +42,7 @@ const CELLS: [Cell; 11] = [
     Cell { name: "2000-files", n_dirty: 2000, ..BASE },
     Cell { name: "50-layers", n_layers: 50, ..BASE },
     Cell { name: "300-layers", n_layers: 300, ..BASE },
+    Cell { name: "300-merged", n_layers: 300, merge_above: 32, ..BASE },
 ];
 
 impl Cell {
@@ -58,6 +69,7 @@ impl Cell {
             "n_processes": self.n_processes,
             "n_dirty": self.n_dirty,
             "n_layers": self.n_layers,
+            "merge_above": self.merge_above,
         })
     }
 }

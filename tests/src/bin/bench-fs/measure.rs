@@ -16,8 +16,10 @@ use deltabox::daemon::Place;
 use deltabox::daemon::client::Client;
 use deltabox::deltacr::stop::{Request, while_stopped};
 use deltabox::engine::{
-    CheckpointReport, CheckpointRequest, CreateRequest, PhaseTime, RollbackReport, RollbackRequest, SandboxReport,
+    CheckpointReport, CheckpointRequest, CreateRequest, DiskReport, PhaseTime, RollbackReport, RollbackRequest,
+    SandboxReport,
 };
+use deltabox::sandbox::SandboxSpec;
 use deltabox_tests::bench::{Samples, machine};
 use serde_json::{Value, json};
 
@@ -96,21 +98,30 @@ struct Bench<'a> {
     group: PathBuf,
     /// Where a rollback goes.
     home: String,
+    /// Directories under the live layer there.
+    n_frozen: usize,
 }
 
 impl<'a> Bench<'a> {
     fn start(client: &'a Client, task: &'a Task, cell: Cell) -> anyhow::Result<Self> {
-        let request = CreateRequest { name: Some("box".parse()?), ..CreateRequest::default() };
+        let spec = SandboxSpec { merge_above: cell.merge_above, ..SandboxSpec::default() };
+        let request = CreateRequest { name: Some("box".parse()?), spec };
         let report: SandboxReport = client.post("/v1/sandboxes", &request).context("create")?;
         let init = report.init_pid.context("a running sandbox has an init")?;
         let group = report.cgroup.join("live");
-        let mut bench = Self { client, task, cell, init, group, home: String::new() };
+        let mut bench = Self { client, task, cell, init, group, home: String::new(), n_frozen: cell.n_layers };
         bench.start_programs()?;
         for _ in 0..cell.n_layers {
             fs::write(bench.inside("srv/layer"), "x")?;
-            bench.home = bench.checkpoint()?.0.id;
+            let next = bench.checkpoint()?.0.id;
+            let earlier = std::mem::replace(&mut bench.home, next);
+            if !earlier.is_empty() && cell.merge_above < cell.n_layers {
+                bench.forget(&earlier)?;
+            }
         }
+        wait_until("layers are merged", || Ok(bench.n_frozen()? <= cell.merge_above))?;
         bench.rollback()?;
+        bench.n_frozen = bench.n_frozen()?;
         bench.calm()?;
         Ok(bench)
     }
@@ -131,12 +142,13 @@ impl<'a> Bench<'a> {
     }
 
     fn run(self) -> anyhow::Result<Value> {
-        let mut layers = self.layers()?;
-        // The topmost is the live one.
-        layers.sort_unstable_by_key(|id| std::cmp::Reverse(*id));
         let upper = |id: &u64| self.task.store.join("layers").join(id.to_string()).join("upper");
-        let below: Vec<_> = layers.iter().skip(1).map(upper).collect();
-        ensure!(below.len() == self.cell.n_layers, "{} layers", below.len());
+        let sandbox: SandboxReport = self.client.get("/v1/sandboxes/box").context("inspect")?;
+        let record = fs::read(sandbox.live_layer.join("layer.json")).context("read the live layer's record")?;
+        let record: Value = serde_json::from_slice(&record)?;
+        let below: Vec<_> = record["stack"].as_array().into_iter().flatten().filter_map(Value::as_u64).collect();
+        ensure!(below.len() == self.n_frozen, "{} layers, not {}", below.len(), self.n_frozen);
+        let below: Vec<_> = below.iter().map(upper).collect();
         let mut floor = Floor::start(&self.task.scratch, &below)?;
         let (mut checkpoints, mut rollbacks) = (Timed::default(), Timed::default());
         let (mut floors, mut pivots, mut stops) = (Samples::default(), Samples::default(), Samples::default());
@@ -159,7 +171,7 @@ impl<'a> Bench<'a> {
             };
             self.write_files()?;
             let (rollback, total_back) = self.rollback()?;
-            self.client.delete(&format!("/v1/sandboxes/box/checkpoints/{}", checkpoint.id)).context("rm")?;
+            self.forget(&checkpoint.id)?;
             self.calm()?;
             if round >= N_WARM_UP {
                 checkpoints.record(checkpoint.stopped_us, total, &phases(&checkpoint.phases_us));
@@ -204,9 +216,10 @@ impl<'a> Bench<'a> {
     fn stop(&self) -> anyhow::Result<Duration> {
         let deadline = Instant::now() + PATIENCE;
         let request = Request { group: &self.group, excluded: &[self.init], deadline };
-        let begun = Instant::now();
-        let n = while_stopped(request, |stopped| stopped.processes().len())?;
-        let took = begun.elapsed();
+        let (n, took) = while_stopped(request, |stopped| {
+            stopped.resume();
+            (stopped.processes().len(), stopped.begun().elapsed())
+        })?;
         ensure!(n == self.cell.n_processes, "{n} processes stopped, not {}", self.cell.n_processes);
         Ok(took)
     }
@@ -232,9 +245,19 @@ impl<'a> Bench<'a> {
         Ok(layers)
     }
 
+    fn forget(&self, checkpoint: &str) -> anyhow::Result<()> {
+        self.client.delete(&format!("/v1/sandboxes/box/checkpoints/{checkpoint}")).context("rm")
+    }
+
+    /// Directories under the live layer.
+    fn n_frozen(&self) -> anyhow::Result<usize> {
+        let disk: DiskReport = self.client.get("/v1/sandboxes/box/disk").context("disk use")?;
+        Ok(disk.n_layers)
+    }
+
     /// Until what the round has left behind is removed.
     fn calm(&self) -> anyhow::Result<()> {
-        wait_until("layers are removed", || Ok(self.layers()?.len() == self.cell.n_layers + 1))
+        wait_until("layers are removed", || Ok(self.layers()?.len() == self.n_frozen + 1))
     }
 }
 

@@ -1,4 +1,12 @@
-//! All layers of a store, and the chains that they form.
+//! All layers of a store, and the stacks that they form.
+
+mod draft;
+mod stack;
+mod tiles;
+
+pub use draft::{Draft, FullDraft};
+pub use stack::{Fork, Stack, StackError, Step};
+pub use tiles::run_to_merge;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -9,14 +17,17 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::sys::stat::SFlag;
 
-use super::layer::{LayerId, LiveLayer, Record, RootLook};
+use super::layer::{LayerId, LiveLayer, Merged, Record, RootLook};
 use super::remove::remove_tree;
 use super::sync::{sync_dir, sync_tree};
 use super::walk::walk;
 use crate::sandbox::SandboxId;
+use stack::Index;
 
 /// Directories with this prefix are on their way out.
 const REMOVING: &str = ".removing-";
+/// Directories with this prefix are merged layers that are being made.
+const MERGING: &str = ".merging-";
 
 /// The layers under one directory. Any thread may use it.
 #[derive(Debug)]
@@ -25,18 +36,9 @@ pub struct Layers {
     next: AtomicU64,
     /// Of frozen layers that were walked once.
     usages: Mutex<BTreeMap<LayerId, Usage>>,
-    /// What lies below layers that were read once: it never changes.
-    parents: Mutex<BTreeMap<LayerId, Option<LayerId>>>,
-}
-
-/// A layer that a chain needs and that is not whole.
-#[derive(Debug, thiserror::Error)]
-#[error("layer {id}: {source}")]
-pub struct ChainError {
-    /// Which one.
-    pub id: LayerId,
-    /// What is wrong with it.
-    pub source: io::Error,
+    /// Frozen layers that this engine has written to disk.
+    synced: Mutex<BTreeSet<LayerId>>,
+    index: Mutex<Index>,
 }
 
 /// What a layer takes.
@@ -49,21 +51,25 @@ pub struct Usage {
 }
 
 impl Layers {
-    /// Opens the directory, making it where it is missing, and finishes removals that were cut short. One that cannot
-    /// be finished waits for the next start.
+    /// Opens the directory, making it where it is missing, and finishes removals that were cut short, and removes what
+    /// merges have left. What cannot be removed waits for the next start.
     pub fn open(dir: &Path) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
-        let (next, usages, parents) = (AtomicU64::new(1), Mutex::default(), Mutex::default());
-        let layers = Self { dir: dir.to_owned(), next, usages, parents };
+        let (next, usages, synced, index) = (AtomicU64::new(1), Mutex::default(), Mutex::default(), Mutex::default());
+        let layers = Self { dir: dir.to_owned(), next, usages, synced, index };
         for entry in fs::read_dir(dir)? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            let id = name.strip_prefix(REMOVING).unwrap_or(&name).parse();
-            id.into_iter().for_each(|id| layers.keep_clear_of(id));
-            if name.starts_with(REMOVING)
-                && let Err(error) = remove_tree(&entry.path())
-            {
-                tracing::error!(path = %entry.path().display(), %error, "the removal of a layer cannot be finished");
+            let doomed = [REMOVING, MERGING].iter().find_map(|prefix| name.strip_prefix(prefix));
+            if let Ok(id) = doomed.unwrap_or(&name).parse() {
+                layers.keep_clear_of(id);
+            }
+            if doomed.is_some() {
+                if let Err(error) = remove_tree(&entry.path()) {
+                    tracing::error!(path = %entry.path().display(), %error, "the removal of a layer cannot be finished");
+                }
+            } else if let Ok(Record { id, merged: Some(merged), .. }) = Record::load(&entry.path()) {
+                lock(&layers.index).add_merged(id, merged);
             }
         }
         Ok(layers)
@@ -84,63 +90,27 @@ impl Layers {
         self.path(id).join("upper")
     }
 
-    /// Makes an empty layer above `parent`. What a failure has made is removed again.
+    /// Makes an empty layer above a stack. What a failure has made is removed again.
     pub fn create(
         &self,
-        parent: Option<LayerId>,
+        below: &Stack,
         sandbox: &SandboxId,
         head: Option<String>,
         root: RootLook,
     ) -> io::Result<LiveLayer> {
-        let id = LayerId(self.next.fetch_add(1, Ordering::Relaxed));
-        let made = LiveLayer::create(&self.path(id), Record::new(id, parent, sandbox.clone(), head, root));
-        made.inspect_err(|_| drop(self.remove(id)))
+        let id = self.next_id();
+        let mut record = Record::new(id, sandbox.clone(), root);
+        (record.parent, record.depth, record.stack, record.head) = (below.top(), below.depth(), below.dirs(), head);
+        LiveLayer::create(&self.path(id), record).inspect_err(|_| drop(self.remove(id)))
+    }
+
+    fn next_id(&self) -> LayerId {
+        LayerId(self.next.fetch_add(1, Ordering::Relaxed))
     }
 
     /// A layer that is there.
     pub fn load(&self, id: LayerId) -> io::Result<LiveLayer> {
         LiveLayer::open(&self.path(id))
-    }
-
-    /// A layer and all below it, the topmost first; each is there.
-    pub fn chain(&self, top: Option<LayerId>) -> Result<Vec<LayerId>, ChainError> {
-        let (mut chain, mut next) = (Vec::new(), top);
-        while let Some(id) = next {
-            next = self.check(id)?;
-            chain.push(id);
-        }
-        Ok(chain)
-    }
-
-    /// The same of layers that are in use: each is looked at once in the life of this engine.
-    pub fn known_chain(&self, top: LayerId) -> Result<Vec<LayerId>, ChainError> {
-        let (mut chain, mut next) = (Vec::new(), Some(top));
-        while let Some(id) = next {
-            next = self.parent(id)?;
-            chain.push(id);
-        }
-        Ok(chain)
-    }
-
-    /// The layer below one that may have been looked at before.
-    pub fn parent(&self, id: LayerId) -> Result<Option<LayerId>, ChainError> {
-        let known = lock(&self.parents).get(&id).copied();
-        known.map_or_else(|| self.check(id), Ok)
-    }
-
-    /// Looks at a layer on disk; returns the one below.
-    pub fn check(&self, id: LayerId) -> Result<Option<LayerId>, ChainError> {
-        let failed = |source| ChainError { id, source };
-        let record = Record::load(&self.path(id)).map_err(failed)?;
-        if !self.upper(id).is_dir() {
-            return Err(failed(io::ErrorKind::NotFound.into()));
-        }
-        // Layers are made above older ones; anything else is damage that would never end.
-        if record.id != id || record.parent.is_some_and(|parent| parent >= id) {
-            return Err(failed(io::Error::new(io::ErrorKind::InvalidData, "its layer.json is another's")));
-        }
-        lock(&self.parents).insert(id, record.parent);
-        Ok(record.parent)
     }
 
     /// All there are, whole or not.
@@ -161,7 +131,8 @@ impl Layers {
             other => other?,
         }
         lock(&self.usages).remove(&id);
-        lock(&self.parents).remove(&id);
+        lock(&self.synced).remove(&id);
+        lock(&self.index).remove(id);
         crate::fault::point("layers.remove")?;
         remove_tree(&doomed)
     }
@@ -190,10 +161,15 @@ impl Layers {
         Ok(usage)
     }
 
-    /// Writes a layer to disk for good, its name included.
+    /// Writes a frozen layer to disk for good, its name included: once in the life of this engine.
     pub fn sync(&self, id: LayerId) -> io::Result<()> {
+        if lock(&self.synced).contains(&id) {
+            return Ok(());
+        }
         sync_tree(&self.path(id))?;
-        sync_dir(&self.dir)
+        sync_dir(&self.dir)?;
+        lock(&self.synced).insert(id);
+        Ok(())
     }
 }
 
@@ -212,40 +188,45 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_ends_at_a_layer_without_parent_and_numbers_are_given_once() {
+    fn a_stack_ends_at_a_layer_without_parent_and_numbers_are_given_once() {
         let dir = tempfile::tempdir().unwrap();
         let layers = Layers::open(dir.path()).unwrap();
         let name = "a".parse().unwrap();
-        let first = layers.create(None, &name, None, look()).unwrap().record().id;
-        let second = layers.create(Some(first), &name, None, look()).unwrap().record().id;
-        assert_eq!(layers.chain(Some(second)).unwrap(), [second, first]);
-        assert_eq!(layers.chain(None).unwrap(), []);
+        let first = layers.create(&Stack::default(), &name, None, look()).unwrap().record().id;
+        let above = layers.stack(Some(first)).unwrap();
+        let second = layers.create(&above, &name, None, look()).unwrap().record().id;
+        assert_eq!(layers.stack(Some(second)).unwrap().dirs(), [second, first]);
+        assert!(layers.stack(None).unwrap().is_empty());
         layers.remove(second).unwrap();
-        assert_eq!(layers.chain(Some(second)).unwrap_err().id, second);
+        assert_eq!(layers.stack(Some(second)).unwrap_err().id, second);
         let again = Layers::open(dir.path()).unwrap();
         again.keep_clear_of(second);
-        assert!(again.create(Some(first), &name, None, look()).unwrap().record().id > second);
+        assert!(again.create(&above, &name, None, look()).unwrap().record().id > second);
     }
 
     #[test]
-    fn a_removal_cut_short_is_finished_and_its_number_not_given_again() {
+    fn a_removal_or_merge_cut_short_goes_and_its_number_is_not_given_again() {
         let dir = tempfile::tempdir().unwrap();
-        fs::create_dir_all(dir.path().join(".removing-7/upper/x")).unwrap();
+        fs::create_dir_all(dir.path().join(".removing-6/upper/x")).unwrap();
+        fs::create_dir_all(dir.path().join(".merging-7/upper/x")).unwrap();
         let layers = Layers::open(dir.path()).unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
-        assert_eq!(layers.create(None, &"a".parse().unwrap(), None, look()).unwrap().record().id, LayerId(8));
+        assert_eq!(
+            layers.create(&Stack::default(), &"a".parse().unwrap(), None, look()).unwrap().record().id,
+            LayerId(8)
+        );
     }
 
     #[test]
     fn a_damaged_record_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let layers = Layers::open(dir.path()).unwrap();
-        let id = layers.create(None, &"a".parse().unwrap(), None, look()).unwrap().record().id;
+        let id = layers.create(&Stack::default(), &"a".parse().unwrap(), None, look()).unwrap().record().id;
         let record = layers.path(id).join("layer.json");
         let text = fs::read_to_string(&record).unwrap();
         for damaged in ["", "{", &text.replace("\"parent\":null", "\"parent\":1"), &text[..text.len() - 2]] {
             fs::write(&record, damaged).unwrap();
-            assert_eq!(layers.chain(Some(id)).unwrap_err().id, id, "{damaged}");
+            assert_eq!(layers.stack(Some(id)).unwrap_err().id, id, "{damaged}");
         }
     }
 
@@ -253,7 +234,7 @@ mod tests {
     fn a_layer_is_unchanged_until_something_is_written_or_its_root_looks_different() {
         let dir = tempfile::tempdir().unwrap();
         let layers = Layers::open(dir.path()).unwrap();
-        let layer = layers.create(None, &"a".parse().unwrap(), None, look()).unwrap();
+        let layer = layers.create(&Stack::default(), &"a".parse().unwrap(), None, look()).unwrap();
         assert!(layer.is_unchanged().unwrap());
         let upper = layers.upper(layer.record().id);
         fs::write(upper.join("x"), "").unwrap();

@@ -1,0 +1,162 @@
+//! What one process gets, as calls that it makes.
+
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use super::fdinfo::Target;
+use super::open::range;
+use super::{Description, Holding, Kind, Seat};
+use crate::deltacr::inject::Call;
+
+pub(super) const FCHDIR: &str = "fchdir";
+
+/// Whether something in this process is to be replaced.
+pub(super) fn needs_work(seat: &Seat, descriptions: &[Description]) -> bool {
+    let is_new = |holding: &Holding| {
+        let description = &descriptions[holding.description];
+        description.new.is_some()
+            || match &description.kind {
+                Kind::File => false,
+                Kind::Listener(listener) => listener.is_there(),
+                Kind::Watcher(_) => true,
+            }
+    };
+    seat.holdings.iter().any(is_new)
+        || seat.cwd.as_ref().is_some_and(|(_, new)| new.is_some())
+        || seat.mappings.iter().any(|mapping| mapping.new.is_some())
+}
+
+pub(super) fn gifts<'a>(seat: &'a Seat, descriptions: &'a [Description]) -> Vec<Gift<'a>> {
+    let new = |index: usize| descriptions.get(index).and_then(|one| one.new.as_ref());
+    let mut gifts = Vec::new();
+    for holding in &seat.holdings {
+        let flags = if holding.close_on_exec { libc::O_CLOEXEC } else { 0 };
+        let what = Use::Descriptor { number: holding.number, flags };
+        gifts.extend(new(holding.description).map(|file| Gift { file: file.as_fd(), what }));
+    }
+    for mapping in &seat.mappings {
+        let lock = if mapping.locked { libc::MAP_LOCKED } else { 0 };
+        let what = Use::Mapping {
+            start: mapping.start,
+            len_bytes: mapping.len_bytes,
+            protection: mapping.protection,
+            flags: unsigned(libc::MAP_SHARED | libc::MAP_FIXED | lock),
+            offset_bytes: mapping.offset_bytes,
+        };
+        gifts.extend(mapping.new.as_ref().map(|file| Gift { file: file.as_fd(), what }));
+    }
+    if let Some((_, Some(new))) = &seat.cwd {
+        gifts.push(Gift { file: new.as_fd(), what: Use::WorkingDirectory });
+    }
+    gifts
+}
+
+/// What only works once all descriptors are in their places.
+pub(super) fn last_calls(seat: &Seat, descriptions: &[Description]) -> Vec<LastCall> {
+    let moved = |index: usize| descriptions.get(index).filter(|one| one.new.is_some());
+    let mut calls = Vec::new();
+    let mut done = BTreeSet::new();
+    for &(index, lock) in &seat.locks {
+        let Some(description) = moved(index) else { continue };
+        if !done.insert((description.place.stat.identity(), lock)) {
+            continue;
+        }
+        // A shared lock wants a descriptor that can be read, an exclusive one a descriptor that can be written.
+        let wrong = if lock.exclusive { libc::O_RDONLY } else { libc::O_WRONLY };
+        let fits = |other: &&Holding| {
+            moved(other.description).is_some_and(|one| {
+                one.place.stat.identity() == description.place.stat.identity()
+                    && one.info.flags & libc::O_ACCMODE != wrong
+                    && one.info.flags & libc::O_PATH == 0
+            })
+        };
+        if let Some(holding) = seat.holdings.iter().find(fits) {
+            let l = range(&lock);
+            let mut bytes = Vec::with_capacity(size_of::<libc::flock>());
+            bytes.extend(l.l_type.to_ne_bytes());
+            bytes.extend(l.l_whence.to_ne_bytes());
+            bytes.extend([0; 4]);
+            bytes.extend(l.l_start.to_ne_bytes());
+            bytes.extend(l.l_len.to_ne_bytes());
+            bytes.extend([0; 8]);
+            calls.push(LastCall {
+                name: "fcntl(F_SETLK)",
+                nr: libc::SYS_fcntl,
+                args: vec![number(holding.number), unsigned(libc::F_SETLK)],
+                bytes,
+            });
+        }
+    }
+    let polled = |target: &Target| {
+        let of = |holding: &&Holding| holding.number == target.number;
+        let description = seat.holdings.iter().find(of).and_then(|holding| moved(holding.description));
+        // Regular files and directories cannot be in such a list.
+        description.is_some_and(|one| !matches!(one.kind, Kind::File) || one.place.stat.kind() == libc::S_IFIFO)
+    };
+    for (epoll, targets) in &seat.epolls {
+        for target in targets.iter().filter(|target| polled(target)) {
+            let mut bytes = target.events.to_ne_bytes().to_vec();
+            bytes.extend(target.data.to_ne_bytes());
+            calls.push(LastCall {
+                name: "epoll_ctl",
+                nr: libc::SYS_epoll_ctl,
+                args: vec![number(*epoll), unsigned(libc::EPOLL_CTL_ADD), number(target.number)],
+                bytes,
+            });
+        }
+    }
+    calls
+}
+
+/// A descriptor for a process, and what it is for.
+pub(super) struct Gift<'a> {
+    pub(super) file: BorrowedFd<'a>,
+    pub(super) what: Use,
+}
+
+#[derive(Clone, Copy)]
+pub(super) enum Use {
+    Descriptor { number: i32, flags: i32 },
+    WorkingDirectory,
+    Mapping { start: u64, len_bytes: u64, protection: u64, flags: u64, offset_bytes: u64 },
+}
+
+impl Use {
+    /// The call that puts descriptor `received` to its use, and its name.
+    pub(super) fn call(self, received: i32) -> (Call, &'static str) {
+        let received = number(received);
+        match self {
+            Self::Descriptor { number: to, flags } => {
+                (call(libc::SYS_dup3, &[received, number(to), unsigned(flags)]), "dup3")
+            }
+            Self::WorkingDirectory => (call(libc::SYS_fchdir, &[received]), FCHDIR),
+            Self::Mapping { start, len_bytes, protection, flags, offset_bytes } => {
+                let args = [start, len_bytes, protection, flags, received, offset_bytes];
+                (call(libc::SYS_mmap, &args), "mmap")
+            }
+        }
+    }
+}
+
+/// A call with the address of bytes in memory as its last argument.
+pub(super) struct LastCall {
+    pub(super) name: &'static str,
+    pub(super) nr: i64,
+    pub(super) args: Vec<u64>,
+    pub(super) bytes: Vec<u8>,
+}
+
+pub(super) fn call(nr: i64, args: &[u64]) -> Call {
+    let mut six = [0; 6];
+    six[..args.len()].copy_from_slice(args);
+    Call { nr, args: six }
+}
+
+/// An argument as the kernel takes it.
+pub(super) fn number(fd: i32) -> u64 {
+    i64::from(fd).cast_unsigned()
+}
+
+pub(super) fn unsigned(flags: i32) -> u64 {
+    flags.cast_unsigned().into()
+}
