@@ -77,8 +77,8 @@ impl Freezer {
 
     /// Who is in it; host PIDs.
     pub fn processes(&self) -> Result<Vec<pid_t>, TemplateError> {
-        let procs = self.path.join("cgroup.procs");
-        group("read", &procs, tasks::scan_group(&procs))
+        let lists = tasks::Lists::open(&self.path).and_then(|lists| lists.processes());
+        lists.map_err(|(path, source)| TemplateError::Group { op: "read", path, source })
     }
 
     /// Removes the group, which must be empty.
