@@ -354,7 +354,9 @@ impl<'a> Hand<'a> {
                     let child = ptrace::getevent(Pid::from_raw(tid))
                         .map_err(|source| self.error("ask for the child of", source.into()))?;
                     let pid = pid_t::try_from(child);
-                    return pid.map(Reached::Birth).map_err(|_| self.error("ask for the child of", io::ErrorKind::InvalidData.into()));
+                    return pid
+                        .map(Reached::Birth)
+                        .map_err(|_| self.error("ask for the child of", io::ErrorKind::InvalidData.into()));
                 }
                 // Job control has changed; that is for after the injection.
                 _ if event != 0 => {}

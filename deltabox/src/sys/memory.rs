@@ -149,11 +149,7 @@ pub fn pagemap_scan(
 
 /// Finds in `range` of the process behind `pagemap` the pages that are its own: in memory or swapped, neither of a file
 /// nor the page of zeros. Returns how many of `regions` were filled, and how far was looked.
-pub fn pagemap_own(
-    pagemap: BorrowedFd<'_>,
-    range: Range<u64>,
-    regions: &mut [PageRegion],
-) -> io::Result<(usize, u64)> {
+pub fn pagemap_own(pagemap: BorrowedFd<'_>, range: Range<u64>, regions: &mut [PageRegion]) -> io::Result<(usize, u64)> {
     let not = page_is::FILE | page_is::ZERO;
     let mut arg = ScanArg {
         size: size_of::<ScanArg>() as u64,

@@ -4,7 +4,9 @@ use std::fs;
 use std::ops::Range;
 
 use deltabox::deltacr::stop::Stopped;
-use deltabox::deltacr::template::{Advice, Freezer, Mapping, Numbers, Outline, Request, Template, TemplateError, TemplateRefusal};
+use deltabox::deltacr::template::{
+    Advice, Freezer, Mapping, Numbers, Outline, Request, Template, TemplateError, TemplateRefusal,
+};
 
 use crate::{Subject, bytes, mappings, reap, remove};
 
@@ -124,10 +126,9 @@ fn refusal(subject: &Subject, request: &Request) -> TemplateRefusal {
     let error = subject.make_and(request, |_, _, _| {}).expect_err("a template was made");
     assert_eq!(mappings(pid), before);
     assert!(!subject.0.group.0.join("t1").exists(), "the cgroup is still there");
-    match error {
-        TemplateError::Refused(refusal) => refusal,
-        other => panic!("{other}"),
-    }
+    let text = error.to_string();
+    let refusal = if let TemplateError::Refused(refusal) = error { Some(refusal) } else { None };
+    refusal.expect(&text)
 }
 
 #[test]

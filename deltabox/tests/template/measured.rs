@@ -1,5 +1,7 @@
 //! Numbers of docs/templates.md.
 
+#![expect(clippy::print_stdout, reason = "a measurement is printed")]
+
 use std::time::{Duration, Instant};
 
 use deltabox::deltacr::inject::Call;
@@ -106,7 +108,10 @@ fn restored(mut subject: Subject, name: &str, n: usize) {
         show("    comparison", reports.iter().map(|report| report.comparison).collect());
         show("    pages", reports.iter().map(|report| report.pages).collect());
         let last = reports.last().expect("a report");
-        println!("    pages copied {}, dropped {}, equal {}", last.n_copied_pages, last.n_dropped_pages, last.n_equal_pages);
+        println!(
+            "    pages copied {}, dropped {}, equal {}",
+            last.n_copied_pages, last.n_dropped_pages, last.n_equal_pages
+        );
     }
     let begin = Instant::now();
     read_smaps(template.pid()).expect("mappings");

@@ -27,8 +27,7 @@ impl Subject {
     fn roll_back(&self, point: &Point) -> Result<Report, TemplateError> {
         let source = Source::of(&point.template).expect("pages");
         let pid = self.0.pid();
-        let past =
-            Past { memory: &point.memory, source: &source, threads: &point.threads, advice_is_unchanged: false };
+        let past = Past { memory: &point.memory, source: &source, threads: &point.threads, advice_is_unchanged: false };
         self.0.group.stopped(|stopped| {
             let report = restore_in_place(stopped, pid, &past);
             if report.is_ok() {
@@ -44,11 +43,16 @@ fn is_as_it_was(pid: libc::pid_t, point: &Point) {
     let present = mappings(pid);
     for mapping in &point.memory.mappings {
         let there = present.iter().find(|one| one.start <= mapping.start && one.end >= mapping.end);
-        let there = there.unwrap_or_else(|| panic!("{:x?} is not there", mapping.range()));
+        let text = format!("{:x?} is still there", mapping.range());
+        let there = there.expect(&text);
         let look = |one: &Mapping| (one.protection, one.shared, one.inode, one.advice.clone(), one.name.clone());
         assert_eq!(look(there), look(mapping), "{:x?}", mapping.range());
         if !mapping.shared && !mapping.is_kernels() {
-            assert!(bytes(pid, mapping) == bytes(point.template.pid(), mapping), "other bytes in {:x?}", mapping.range());
+            assert!(
+                bytes(pid, mapping) == bytes(point.template.pid(), mapping),
+                "other bytes in {:x?}",
+                mapping.range()
+            );
         }
     }
     let area = &point.memory.area;
@@ -65,9 +69,7 @@ fn comes_back(kinds: &str) -> [Report; 3] {
     let point = subject.checkpoint();
     let reports = ["m", "mm", ""].map(|letters| {
         letters.bytes().take(1).for_each(|letter| subject.tell(letter));
-        let report = subject.roll_back(&point).expect("a rollback");
-        println!("{kinds}: {report:?}");
-        report
+        subject.roll_back(&point).expect("a rollback")
     });
     subject.tell(b'c');
     subject.tell(b's');
@@ -118,7 +120,10 @@ fn only_what_was_written_is_copied() {
     assert!(first.n_equal_pages > 50_000, "{first:?}");
     // What was copied once is another page from then on.
     for report in [second, again] {
-        assert!(report.n_copied_pages < 700 && report.n_unmapped + report.n_mapped + report.n_changed == 0, "{report:?}");
+        assert!(
+            report.n_copied_pages < 700 && report.n_unmapped + report.n_mapped + report.n_changed == 0,
+            "{report:?}"
+        );
     }
 }
 
@@ -135,7 +140,10 @@ fn another_set_of_threads_is_refused_and_goes_on() {
     subject.tell(b'm');
     let error = subject.roll_back(&point).expect_err("a thread was added");
     let pid = subject.0.pid();
-    assert!(matches!(error, TemplateError::Refused(TemplateRefusal::Threads { pid: other }) if other == pid), "{error}");
+    assert!(
+        matches!(error, TemplateError::Refused(TemplateRefusal::Threads { pid: other }) if other == pid),
+        "{error}"
+    );
     subject.tell(b's');
     remove(point.template);
 }

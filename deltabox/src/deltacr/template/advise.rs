@@ -97,6 +97,9 @@ impl Advised {
         let one = |range: &Range<u64>, advice: i32| {
             call(libc::SYS_madvise, &[range.start, range.end - range.start, advice.cast_unsigned().into()])
         };
-        self.ranges.iter().flat_map(|(range, kind)| advice(*kind).iter().map(move |advice| one(range, *advice))).collect()
+        self.ranges
+            .iter()
+            .flat_map(|(range, kind)| advice(*kind).iter().map(move |advice| one(range, *advice)))
+            .collect()
     }
 }

@@ -180,9 +180,7 @@ fn make_below(
 
 fn adopted(template: &Template, pid: pid_t, counts: Counts, request: &Request) -> Result<(), TemplateError> {
     match request.keeper {
-        Some(keeper) if counts.parent != keeper => {
-            Err(TemplateRefusal::Parent { pid, parent: counts.parent }.into())
-        }
+        Some(keeper) if counts.parent != keeper => Err(TemplateRefusal::Parent { pid, parent: counts.parent }.into()),
         _ if template.lives()? => Ok(()),
         _ => Err(TemplateRefusal::TemplateGone { pid: template.pid() }.into()),
     }
@@ -318,12 +316,7 @@ fn helper_calls(data: u64) -> [Call; NAMES.len()] {
 }
 
 /// What went wrong, if something did.
-fn judge(
-    pid: pid_t,
-    ran: &Ran<TemplateError>,
-    cloned_at: usize,
-    request: &Request,
-) -> Result<(), TemplateError> {
+fn judge(pid: pid_t, ran: &Ran<TemplateError>, cloned_at: usize, request: &Request) -> Result<(), TemplateError> {
     let number = |of: fn(Numbers) -> pid_t| request.numbers.map_or(0, of);
     if let Some(errno) = errno(ran.results[cloned_at]) {
         return Err(denied(pid, "clone3", errno, number(|numbers| numbers.helper)));

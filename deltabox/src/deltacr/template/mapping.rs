@@ -237,7 +237,10 @@ VmFlags: ex
         for len in 0..TEXT.len() {
             // Whatever is made of it, addresses are whole.
             for mapping in parse(&TEXT[..len]).unwrap_or_default() {
-                assert!([0x55d0_c000_0000, 0x7f00_0000_0000, 0x7f00_0000_1000].contains(&mapping.start), "cut at {len}");
+                assert!(
+                    [0x55d0_c000_0000, 0x7f00_0000_0000, 0x7f00_0000_1000].contains(&mapping.start),
+                    "cut at {len}"
+                );
             }
         }
         assert!(parse("Size: 3 kB\n").is_none());

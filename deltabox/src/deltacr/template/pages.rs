@@ -30,10 +30,9 @@ pub(super) struct Differences {
 /// Whether a mapping's pages are the template's to give. What may vanish at any time is not: random numbers must
 /// not come twice.
 fn is_restored(mapping: &Mapping) -> bool {
-    !mapping.is_kernels()
-        && !mapping.has(Advice::SharedWritable)
-        && !mapping.has(Advice::Special)
-        && !(mapping.shared && mapping.has_file())
+    let is_elsewhere = mapping.has(Advice::SharedWritable) || mapping.has(Advice::Special);
+    let is_the_files = mapping.shared && mapping.has_file();
+    !mapping.is_kernels() && !is_elsewhere && !is_the_files
 }
 
 /// Compares all pages of `mappings`.

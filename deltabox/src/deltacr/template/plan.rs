@@ -243,6 +243,9 @@ mod tests {
     #[test]
     fn shared_memory_that_is_gone_is_refused() {
         let shared = with(Mapping { shared: true, inode: 7, ..mapping(1, 2, 3) }, &[Advice::SharedWritable]);
-        assert_eq!(plan(9, &[shared], &[], &(0..0)), Err(TemplateRefusal::Lost { pid: 9, kind: "shared memory", start: 1 }));
+        assert_eq!(
+            plan(9, &[shared], &[], &(0..0)),
+            Err(TemplateRefusal::Lost { pid: 9, kind: "shared memory", start: 1 })
+        );
     }
 }

@@ -162,7 +162,7 @@ impl Room<'_> {
             return Err(TemplateRefusal::Unequal { pid, range }.into());
         }
         let parted = broken(&wanted, &present).first().map(|one| one.range());
-        let heap = (!brk_is(hand, self.memory.brk)?).then(|| now..then);
+        let heap = (!brk_is(hand, self.memory.brk)?).then_some(now..then);
         match parted.or(heap) {
             Some(range) => Err(TemplateRefusal::Unequal { pid, range }.into()),
             None => Ok(()),

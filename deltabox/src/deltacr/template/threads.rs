@@ -11,7 +11,8 @@ use crate::deltacr::rseq::leave_critical_section;
 use crate::deltacr::stop::{Stopped, Thread};
 use crate::deltacr::timed::TimedCalls;
 use crate::sys::ptrace::{
-    RseqConfiguration, get_robust_list, get_rseq_configuration, get_signal_mask, get_xstate, set_signal_mask, set_xstate,
+    RseqConfiguration, get_robust_list, get_rseq_configuration, get_signal_mask, get_xstate, set_signal_mask,
+    set_xstate,
 };
 
 /// The threads of a process as they were.
