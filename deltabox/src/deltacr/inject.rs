@@ -84,8 +84,8 @@ enum Ground {
 }
 
 impl<'a> Hand<'a> {
-    pub(super) fn open(stopped: &'a mut Stopped, pid: pid_t) -> Result<Self, InjectError> {
-        let thread = first_thread(stopped, pid)?;
+    pub(super) fn open(stopped: &'a mut Stopped, pid: pid_t, tid: Option<pid_t>) -> Result<Self, InjectError> {
+        let thread = find_thread(stopped, pid, tid)?;
         let tid = thread.tid;
         let failed = |op: &'static str| move |source: io::Error| thread_error(op, pid, tid, source);
         if thread.registers.cs != interrupted::CODE_64 {
@@ -118,7 +118,7 @@ impl<'a> Hand<'a> {
         };
         let marker = choose_marker(&stat).ok_or(InjectRefusal::NoMarker { pid })?;
         let mask = get_signal_mask(tid).map_err(failed("read the signal mask of"))?;
-        let mut own = first_thread(stopped, pid)?.registers;
+        let mut own = find_thread(stopped, pid, Some(tid))?.registers;
         own.rip = leave_critical_section(&memory, tid, &own).map_err(failed("read the rseq area of"))?;
         stopped.keep_registers(tid, own);
         stopped.pin_to(stat.cpu);
@@ -409,9 +409,12 @@ impl Drop for Hand<'_> {
     }
 }
 
-fn first_thread(stopped: &Stopped, pid: pid_t) -> Result<Thread, InjectRefusal> {
+/// One of a process's threads; without `tid` the first.
+fn find_thread(stopped: &Stopped, pid: pid_t, tid: Option<pid_t>) -> Result<Thread, InjectRefusal> {
     let process = stopped.processes().iter().find(|process| process.pid == pid);
-    process.and_then(|process| process.threads.first()).copied().ok_or(InjectRefusal::NotStopped { pid })
+    let mut threads = process.iter().flat_map(|process| &process.threads);
+    let found = threads.find(|thread| tid.is_none_or(|tid| thread.tid == tid));
+    found.copied().ok_or(InjectRefusal::NotStopped { pid })
 }
 
 fn thread_error(op: &'static str, pid: pid_t, tid: pid_t, source: io::Error) -> InjectError {

@@ -13,6 +13,7 @@ mod interrupted;
 mod marker;
 pub mod rebase;
 mod rseq;
+pub mod state;
 pub mod stop;
 mod tasks;
 pub mod template;

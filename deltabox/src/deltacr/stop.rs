@@ -229,7 +229,12 @@ impl Stopped {
     /// # Errors
     /// The process is unchanged, apart from the area that an earlier hand left in it.
     pub fn hand(&mut self, pid: pid_t) -> Result<Hand<'_>, InjectError> {
-        Hand::open(self, pid)
+        Hand::open(self, pid, None)
+    }
+
+    /// The same in one of its threads.
+    pub(super) fn hand_of(&mut self, pid: pid_t, tid: pid_t) -> Result<Hand<'_>, InjectError> {
+        Hand::open(self, pid, Some(tid))
     }
 
     /// Lets the threads of `pid` that are in injected code of an engine that died run until they are out of it: what

@@ -101,6 +101,48 @@ pub fn get_robust_list(thread: libc::pid_t) -> io::Result<(u64, u64)> {
     Ok((head, len_bytes))
 }
 
+/// A `siginfo_t`.
+pub const SIGNAL_INFO_BYTES: usize = 128;
+
+/// Which signals that wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pending {
+    /// For the process: any of its threads may take one.
+    OfProcess,
+    /// For one thread alone.
+    OfThread,
+}
+
+/// The signals that wait for a stopped tracee, in their order, each a `siginfo_t`.
+pub fn peek_signals(thread: libc::pid_t, pending: Pending) -> io::Result<Vec<Vec<u8>>> {
+    const N_AT_ONCE: usize = 32;
+    /// The kernel's `struct ptrace_peeksiginfo_args`.
+    #[repr(C)]
+    struct Args {
+        offset: u64,
+        flags: u32,
+        n: i32,
+    }
+    let mut found = Vec::new();
+    loop {
+        let mut buffer = [0_u8; N_AT_ONCE * SIGNAL_INFO_BYTES];
+        let flags = match pending {
+            Pending::OfProcess => libc::PTRACE_PEEKSIGINFO_SHARED,
+            Pending::OfThread => 0,
+        };
+        let args = Args { offset: found.len() as u64, flags, n: 32 };
+        // SAFETY: the kernel writes at most the 32 entries asked for, each of the size told.
+        let n = check(unsafe {
+            libc::syscall(libc::SYS_ptrace, libc::PTRACE_PEEKSIGINFO, thread, &raw const args, buffer.as_mut_ptr())
+        })?;
+        let n = usize::try_from(n).unwrap_or(0);
+        found.extend(buffer.chunks_exact(SIGNAL_INFO_BYTES).take(n).map(<[u8]>::to_vec));
+        if n < N_AT_ONCE {
+            return Ok(found);
+        }
+    }
+}
+
 /// Waits for a tracee or child of this OS thread to stop or end; its raw status. Fails with EINTR at a signal, with
 /// ECHILD if there is no such tracee (any more).
 pub fn wait_thread(thread: libc::pid_t, flags: libc::c_int) -> io::Result<Option<libc::c_int>> {
