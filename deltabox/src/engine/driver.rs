@@ -34,6 +34,7 @@ use super::inbox::Inbox;
 use super::logs::Logs;
 use super::manifest::Manifest;
 use super::store::SandboxDir;
+use super::switch::Standing;
 use super::tree::Tree;
 use super::{Engine, Error, ready};
 use crate::deltacr::stop::Tracer;
@@ -159,6 +160,8 @@ pub(super) struct Driver {
     live: Option<LiveLayer>,
     footing: Option<Footing>,
     merging: Merging,
+    /// Directories that its programs keep open.
+    standing: Standing,
     /// Why its processes are on different roots.
     torn: Option<String>,
     tracer: Tracer,
@@ -194,6 +197,7 @@ impl Driver {
             live: None,
             footing: None,
             merging: Merging::default(),
+            standing: Standing::default(),
             torn: None,
             tracer: Tracer::new(),
             manifest,

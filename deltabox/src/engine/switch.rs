@@ -7,6 +7,8 @@
 //!           resume              resume   resume   back by the same way: plan, open, pivot, rebase; resume
 //! ```
 
+mod walks;
+
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -19,6 +21,8 @@ use crate::deltacr::stop::{Request, Stopped, Tracer, while_stopped};
 use crate::deltacr::{InjectError, StopError};
 use crate::latency::{Phase, Span};
 use crate::sandbox::root::{Namespace, Root};
+
+pub(super) use walks::{Standing, Walks};
 
 /// Where it takes place.
 #[derive(Clone, Copy, Debug)]
@@ -93,6 +97,7 @@ pub(super) fn switch(
     tracer: &mut Tracer,
     ground: &Ground<'_>,
     purpose: Purpose,
+    mut walks: Walks<'_>,
     mut next: impl FnMut() -> io::Result<Option<OwnedFd>> + Send,
     span: &mut Span,
 ) -> Result<Switched, SwitchError> {
@@ -112,7 +117,8 @@ pub(super) fn switch(
         let attempt = tracer.while_stopped(request, |stopped| {
             span.end_of_at(Phase::Arm, stopped.begun());
             span.end_of(Phase::Stop);
-            let moved = move_all(stopped, &namespace, &from, purpose, &mut next, span);
+            let mut is_early = |stopped: &Stopped, plan: &Plan| walks.are_in_the_way(stopped, plan.open_directories());
+            let moved = move_all(stopped, &namespace, &from, purpose, &mut is_early, &mut next, span);
             stopped.resume();
             span.end_of(Phase::Resume);
             moved
@@ -122,6 +128,7 @@ pub(super) fn switch(
                 // For its programs to do what the refusal waits for; there is nothing to be woken by.
                 std::thread::sleep(pause);
                 pause = (pause * 2).min(LONGEST_PAUSE);
+                walks.wait();
             }
             other => break other?,
         }
@@ -158,6 +165,7 @@ fn move_all(
     namespace: &Namespace,
     from: &Root,
     purpose: Purpose,
+    is_early: &mut impl FnMut(&Stopped, &Plan) -> bool,
     next: &mut impl FnMut() -> io::Result<Option<OwnedFd>>,
     clock: &mut Span,
 ) -> Result<Done, SwitchError> {
@@ -176,6 +184,13 @@ fn move_all(
     };
     let plan = Plan::make(stopped, from, from)?;
     clock.end_of(Phase::Plan);
+    if is_early(stopped, &plan) {
+        return Err(SwitchError::Refused {
+            why: "a program walks through directories".to_owned(),
+            hint: "try again when it has done that".to_owned(),
+            passing: true,
+        });
+    }
     let mut opened = plan.open(&to, missing)?;
     clock.end_of(Phase::Open);
     let n_descriptions = Some(opened.n_descriptions());

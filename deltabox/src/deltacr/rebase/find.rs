@@ -1,7 +1,7 @@
 //! What of the stopped processes lies on the old mount.
 
 use std::cmp::Ordering;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
@@ -18,7 +18,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 use super::fdinfo::{FdInfo, Lock, Owner, Target};
 use super::table::{Link, Table};
 use super::watcher::Watcher;
-use super::{Description, Holding, Kind, Mapping, Place, Plan, RebaseError, RebaseRefusal, Seat, listener};
+use super::{
+    Description, Holding, Kind, Mapping, OpenDirectory, Place, Plan, RebaseError, RebaseRefusal, Seat, listener,
+};
 use crate::deltacr::stop::{Process, Stopped};
 use crate::deltacr::tasks::{read_stat, scan_threads};
 use crate::sandbox::root::{LANDING, Root};
@@ -55,6 +57,22 @@ impl Plan {
             }
         }
         Ok(Self { seats, descriptions: finder.descriptions })
+    }
+
+    /// Directories that processes have open for reading. Who walks through them compares devices and inode numbers on
+    /// the way (fts of `find`, `rm`, `du`; Python's `rmtree`), and those change with the mount.
+    pub fn open_directories(&self) -> BTreeSet<OpenDirectory> {
+        let mut found = BTreeSet::new();
+        for seat in &self.seats {
+            for holding in &seat.holdings {
+                let Description { kind, info, place, .. } = &self.descriptions[holding.description];
+                let is_path_only = info.flags & libc::O_PATH != 0;
+                if matches!(kind, Kind::File) && !is_path_only && place.stat.kind() == libc::S_IFDIR {
+                    found.insert(OpenDirectory { pid: seat.pid, number: holding.number, path: place.path.clone() });
+                }
+            }
+        }
+        found
     }
 
     /// How many open file descriptions are to be moved.

@@ -77,6 +77,22 @@ struct Seat {
     mappings: Vec<Mapping>,
 }
 
+/// A directory that a process has open for reading.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct OpenDirectory {
+    pid: pid_t,
+    /// The descriptor's.
+    number: i32,
+    path: CString,
+}
+
+impl OpenDirectory {
+    /// Host PID of the process.
+    pub fn pid(&self) -> pid_t {
+        self.pid
+    }
+}
+
 /// A descriptor.
 #[derive(Clone, Copy, Debug)]
 struct Holding {

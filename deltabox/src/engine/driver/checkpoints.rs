@@ -21,7 +21,7 @@ use crate::engine::api::{CheckpointReport, CheckpointRequest, PhaseTime, Rollbac
 use crate::engine::footing::Footing;
 use crate::engine::manifest::Manifest;
 use crate::engine::store::SandboxDir;
-use crate::engine::switch::{Ground, OldRoot, Purpose, SwitchError, Switched, switch};
+use crate::engine::switch::{Ground, OldRoot, Purpose, SwitchError, Switched, Walks, switch};
 use crate::engine::tree::{Checkpoint, CheckpointId, Measured};
 use crate::engine::{Engine, Error, unix_ms};
 use crate::latency::{Phase, Span};
@@ -68,7 +68,9 @@ impl Driver {
         if !unchanged {
             armed = Some(arm.arm(live.root_look().map_err(io_error("look at the root of", dir))?)?);
         }
-        let ground = Ground { init, group: &group, deadline: Instant::now() + DEADLINE };
+        let end = Instant::now() + Duration::from_millis(request.patience_ms.into());
+        let walks = Walks::new(end, &mut self.standing);
+        let ground = Ground { init, group: &group, deadline: end + DEADLINE };
         let next = || {
             // What had changed before the stop is not looked at again.
             if armed.is_none() && live.is_unchanged()? {
@@ -86,7 +88,7 @@ impl Driver {
             frozen_look = Some(look);
             next.mount.try_clone().map(Some)
         };
-        let switched = switch(&mut self.tracer, &ground, Purpose::Freeze, next, span);
+        let switched = switch(&mut self.tracer, &ground, Purpose::Freeze, walks, next, span);
         let switched = self.after_switch(switched, armed.map(|armed| armed.layer), "checkpoint")?;
         let (frozen, measured, old) = measured_of(switched);
         let Some(live) = self.live.as_mut() else { return Err(Error::ShuttingDown) };
@@ -159,8 +161,10 @@ impl Driver {
         let Some(footing) = footing.as_ref() else { return Err(Error::ShuttingDown) };
         let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: target.id };
         let Armed { layer, mount, .. } = arm.arm(target.root.clone())?;
+        // Other files come back under every walk: it need not be spared this.
+        let walks = Walks::new(Instant::now(), &mut self.standing);
         let ground = Ground { init, group: &group, deadline: Instant::now() + DEADLINE };
-        let switched = switch(&mut self.tracer, &ground, Purpose::Discard, || mount.try_clone().map(Some), span);
+        let switched = switch(&mut self.tracer, &ground, Purpose::Discard, walks, || mount.try_clone().map(Some), span);
         let switched = self.after_switch(switched, Some(layer), "roll back")?;
         let (_, measured, old) = measured_of(switched);
         self.manifest.head = Some(target.id);
