@@ -302,3 +302,99 @@ fn differences_are_the_same_when_single_layers_are_gone() {
         assert_eq!(diff("merging"), diff("box"), "{from} {to}, from {single:?}");
     }
 }
+
+/// Checkpoints c1 to c`n` of changes, and their states.
+fn checkpoints(host: &Host, n: usize) -> Vec<(String, String)> {
+    let mut states = Vec::new();
+    for n in 0..n {
+        change(host, n);
+        states.push((checkpoint(host), digest(host)));
+    }
+    states
+}
+
+fn assert_each(host: &Host, states: &[(String, String)], what: &str) {
+    for (id, expected) in states {
+        rollback(host, id);
+        assert_eq!(&digest(host), expected, "{what}: {id}");
+    }
+}
+
+#[test]
+fn a_merged_layer_that_is_damaged_under_the_engine_is_passed_over_and_its_sources_stay() {
+    if skipped_without_root() {
+        return;
+    }
+    let damages: [(&str, fn(PathBuf)); 3] = [
+        ("no content", |layer| fs::remove_dir_all(layer.join("upper")).expect("remove content")),
+        ("no directory", |layer| fs::remove_dir_all(layer).expect("remove a layer")),
+        ("a damaged record", |layer| fs::write(layer.join("layer.json"), "{").expect("damage a record")),
+    ];
+    for (what, damage) in damages {
+        let host = Host::start();
+        create(&host, "2");
+        let mut states = checkpoints(&host, 3);
+        wait_until("it merges", || n_merges(&host) > 0);
+        // The sandbox is on its sources until the next switch.
+        host.cli(["gc"]).ok();
+        for (id, _) in merged(&host) {
+            damage(dir(&host).join(id.to_string()));
+        }
+        host.cli(["gc"]).ok();
+        change(&host, 3);
+        states.push((checkpoint(&host), digest(&host)));
+        host.cli(["gc"]).ok();
+        assert_each(&host, &states, what);
+        let mut host = host;
+        host.end_daemon(Signal::SIGKILL);
+        host.start_daemon();
+        assert_each(&host, &states, &format!("{what}, another engine"));
+    }
+}
+
+#[test]
+fn what_a_root_is_mounted_over_stays_even_if_its_record_is_damaged() {
+    if skipped_without_root() {
+        return;
+    }
+    let host = Host::start();
+    create(&host, "2");
+    checkpoints(&host, 3);
+    wait_until("it merges", || n_merges(&host) > 0);
+    let before = digest(&host);
+    let held = names(&host);
+    host.cli(["gc"]).ok();
+    let live = PathBuf::from(host.inspect("box")["live_layer"].as_str().expect("a path"));
+    fs::write(live.join("layer.json"), "{").expect("damage a record");
+    for id in ["c1", "c2"] {
+        host.cli(["rm", &format!("box@{id}")]).ok();
+    }
+    host.cli(["gc"]).ok();
+    assert_eq!(names(&host), held);
+    host.sh("box", "echo 2 > /proc/sys/vm/drop_caches || :").ok();
+    assert_eq!(digest(&host), before);
+    // Another engine cannot tell what it is mounted over; it says so instead of failing.
+    let mut host = host;
+    host.end_daemon(Signal::SIGKILL);
+    host.start_daemon();
+    host.cli(["gc"]).ok();
+    assert_eq!(names(&host), held);
+    host.cli(["inspect", "box", "--json"]).json();
+    assert!(host.cli(["checkpoint", "box", "--fs-only", "--json"]).error()["message"].as_str().is_some());
+}
+
+#[test]
+fn a_merge_leaves_half_of_the_free_files() {
+    if skipped_without_root() {
+        return;
+    }
+    let disk = Disk::make_with("tmpfs", "size=256M,nr_inodes=9000");
+    let host = Host::start_in(disk.dir(), &[]);
+    create(&host, "2");
+    for n in 0..3 {
+        host.sh("box", &format!("mkdir /srv/d{n}; cd /srv/d{n}; seq 1600 | xargs touch")).ok();
+        checkpoint(&host);
+    }
+    wait_until("it is told or done", || host.daemon_log().contains("half of what is free") || n_merges(&host) > 0);
+    assert!(merged(&host).is_empty());
+}

@@ -269,12 +269,15 @@ fn has_room(engine: &Engine, run: &[Step]) -> Result<(), MergeError> {
     let failed = |op, source| MergeError::Io { op, path: dir.clone(), source };
     let room = nix::sys::statvfs::statvfs(&dir).map_err(|errno| failed("look at the room in", errno.into()))?;
     let free_bytes = room.blocks_available() * room.fragment_size();
-    let mut bytes = 0;
+    let (mut bytes, mut n_files) = (0, 0);
     for step in run {
         let usage = engine.0.layers.frozen_usage(step.id);
-        bytes += usage.map_err(|source| failed("walk a layer in", source))?.bytes;
+        let usage = usage.map_err(|source| failed("walk a layer in", source))?;
+        (bytes, n_files) = (bytes + usage.bytes, n_files + usage.n_entries);
     }
-    if bytes > free_bytes / 2 {
+    // A file system without a number of files that it can hold says that it holds none.
+    let has_files = room.files() == 0 || n_files <= room.files_available() / 2;
+    if bytes > free_bytes / 2 || !has_files {
         return Err(failed("copy up to half of what is free in", io::ErrorKind::StorageFull.into()));
     }
     Ok(())
