@@ -65,6 +65,8 @@ impl Driver {
             armed = Some(arm.arm(live.root_look().map_err(io_error("look at the root of", dir))?)?);
         }
         let ground = Ground { init, group: &group, deadline: Instant::now() + DEADLINE };
+        let ready = armed.as_ref().map(|next| next.mount.try_clone()).transpose();
+        let ready = ready.map_err(io_error("mount the next root of", dir))?;
         let next = || {
             // What had changed before the stop is not looked at again.
             if armed.is_none() && live.is_unchanged()? {
@@ -82,7 +84,7 @@ impl Driver {
             frozen_look = Some(look);
             next.mount.try_clone().map(Some)
         };
-        let switched = switch(&mut self.tracer, &ground, Purpose::Freeze, next, span);
+        let switched = switch(&mut self.tracer, &ground, Purpose::Freeze, ready, next, span);
         let switched = self.after_switch(switched, armed.map(|armed| armed.layer), "checkpoint")?;
         let (frozen, measured, old) = measured_of(switched);
         let Some(live) = self.live.as_mut() else { return Err(Error::ShuttingDown) };
@@ -156,7 +158,9 @@ impl Driver {
         let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: target.id };
         let Armed { layer, mount, .. } = arm.arm(target.root.clone())?;
         let ground = Ground { init, group: &group, deadline: Instant::now() + DEADLINE };
-        let switched = switch(&mut self.tracer, &ground, Purpose::Discard, || mount.try_clone().map(Some), span);
+        let ready = mount.try_clone().map_err(io_error("mount the next root of", dir))?;
+        let next = || mount.try_clone().map(Some);
+        let switched = switch(&mut self.tracer, &ground, Purpose::Discard, Some(ready), next, span);
         let switched = self.after_switch(switched, Some(layer), "roll back")?;
         let (_, measured, old) = measured_of(switched);
         self.manifest.head = Some(target.id);

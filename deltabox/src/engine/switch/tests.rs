@@ -71,7 +71,7 @@ impl Sandbox {
             deadline: Instant::now() + self.patience,
         };
         let mut span = Span::begin(Operation::Checkpoint);
-        let switched = switch(&mut Tracer::new(), &ground, purpose, || mount.try_clone().map(Some), &mut span);
+        let switched = switch(&mut Tracer::new(), &ground, purpose, None, || mount.try_clone().map(Some), &mut span);
         for (phase, took) in span.phases() {
             println!("{phase}: {} us", took.as_micros());
         }
@@ -314,7 +314,7 @@ fn a_process_that_is_killed_while_it_stands_still_hinders_nobody() {
         mount.try_clone().map(Some)
     };
     let mut span = Span::begin(Operation::Checkpoint);
-    let switched = switch(&mut Tracer::new(), &ground, Purpose::Freeze, next, &mut span);
+    let switched = switch(&mut Tracer::new(), &ground, Purpose::Freeze, None, next, &mut span);
     assert!(matches!(switched, Ok(Switched::Moved { .. })), "{switched:?}");
     sandbox.layers.push(layer.record().id);
     fs::write(sandbox.inside("/tmp/go"), "").unwrap();
