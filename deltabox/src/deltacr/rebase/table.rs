@@ -160,3 +160,38 @@ fn names(mut entries: &[u8]) -> impl Iterator<Item = &[u8]> {
         Some(&name[..name.iter().position(|byte| *byte == 0)?])
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsRawFd;
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn what_was_opened_ahead_of_a_task_that_is_gone_is_not_taken_for_another_one() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let gone = i32::try_from(child.id()).unwrap();
+        let mut table = Table::open(gone, gone).unwrap();
+        assert!(table.numbers().unwrap().starts_with(&[0, 1, 2]));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(table.numbers().is_err());
+        // As if this thread had got its number.
+        let (pid, tid) = (nix::unistd::getpid().as_raw(), nix::unistd::gettid().as_raw());
+        let mut ahead = Ahead(vec![Table { tid, ..table }]);
+        let file = File::open("/dev/null").unwrap();
+        let (table, numbers) = ahead.take(pid, tid).unwrap();
+        assert!(numbers.contains(&file.as_raw_fd()) && ahead.0.is_empty());
+        assert!(matches!(table.link(file.as_raw_fd()).unwrap(), Link::Path(path) if path == b"/dev/null"));
+    }
+
+    #[test]
+    fn a_long_list_of_descriptors_is_read_whole_and_in_order() {
+        let files: Vec<_> = (0..300).map(|_| File::open("/dev/null").unwrap()).collect();
+        let (pid, tid) = (nix::unistd::getpid().as_raw(), nix::unistd::gettid().as_raw());
+        let numbers = Table::open(pid, tid).unwrap().numbers().unwrap();
+        assert!(numbers.is_sorted() && files.iter().all(|file| numbers.binary_search(&file.as_raw_fd()).is_ok()));
+    }
+}
