@@ -71,6 +71,8 @@ impl Driver {
         let end = Instant::now() + Duration::from_millis(request.patience_ms.into());
         let walks = Walks::new(end, &mut self.standing);
         let ground = Ground { init, group: &group, deadline: end + DEADLINE };
+        let ready = armed.as_ref().map(|next| next.mount.try_clone()).transpose();
+        let ready = ready.map_err(io_error("mount the next root of", dir))?;
         let next = || {
             // What had changed before the stop is not looked at again.
             if armed.is_none() && live.is_unchanged()? {
@@ -88,7 +90,7 @@ impl Driver {
             frozen_look = Some(look);
             next.mount.try_clone().map(Some)
         };
-        let switched = switch(&mut self.tracer, &ground, Purpose::Freeze, walks, next, span);
+        let switched = switch(&mut self.tracer, &ground, Purpose::Freeze, walks, ready, next, span);
         let switched = self.after_switch(switched, armed.map(|armed| armed.layer), "checkpoint")?;
         let (frozen, measured, old) = measured_of(switched);
         let Some(live) = self.live.as_mut() else { return Err(Error::ShuttingDown) };
@@ -164,7 +166,9 @@ impl Driver {
         // Other files come back under every walk: it need not be spared this.
         let walks = Walks::new(Instant::now(), &mut self.standing);
         let ground = Ground { init, group: &group, deadline: Instant::now() + DEADLINE };
-        let switched = switch(&mut self.tracer, &ground, Purpose::Discard, walks, || mount.try_clone().map(Some), span);
+        let ready = mount.try_clone().map_err(io_error("mount the next root of", dir))?;
+        let next = || mount.try_clone().map(Some);
+        let switched = switch(&mut self.tracer, &ground, Purpose::Discard, walks, Some(ready), next, span);
         let switched = self.after_switch(switched, Some(layer), "roll back")?;
         let (_, measured, old) = measured_of(switched);
         self.manifest.head = Some(target.id);

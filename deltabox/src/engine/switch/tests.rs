@@ -72,14 +72,10 @@ impl Sandbox {
             deadline: Instant::now() + self.patience,
         };
         let mut span = Span::begin(Operation::Checkpoint);
-        let switched = switch(
-            &mut Tracer::new(),
-            &ground,
-            purpose,
-            Walks::new(Instant::now(), &mut Standing::default()),
-            || mount.try_clone().map(Some),
-            &mut span,
-        );
+        let mut standing = Standing::default();
+        let walks = Walks::new(Instant::now(), &mut standing);
+        let next = || mount.try_clone().map(Some);
+        let switched = switch(&mut Tracer::new(), &ground, purpose, walks, None, next, &mut span);
         for (phase, took) in span.phases() {
             println!("{phase}: {} us", took.as_micros());
         }
@@ -323,14 +319,9 @@ fn a_process_that_is_killed_while_it_stands_still_hinders_nobody() {
         mount.try_clone().map(Some)
     };
     let mut span = Span::begin(Operation::Checkpoint);
-    let switched = switch(
-        &mut Tracer::new(),
-        &ground,
-        Purpose::Freeze,
-        Walks::new(Instant::now(), &mut Standing::default()),
-        next,
-        &mut span,
-    );
+    let mut standing = Standing::default();
+    let walks = Walks::new(Instant::now(), &mut standing);
+    let switched = switch(&mut Tracer::new(), &ground, Purpose::Freeze, walks, None, next, &mut span);
     assert!(matches!(switched, Ok(Switched::Moved { .. })), "{switched:?}");
     sandbox.layers.push(layer.record().id);
     fs::write(sandbox.inside("/tmp/go"), "").unwrap();
