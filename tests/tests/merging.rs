@@ -354,6 +354,56 @@ fn a_merged_layer_that_is_damaged_under_the_engine_is_passed_over_and_its_source
 }
 
 #[test]
+fn a_durable_checkpoint_of_a_young_store_outlives_a_power_failure_and_merges() {
+    if skipped_without_root() {
+        return;
+    }
+    let disk = Disk::make("ext4");
+    let mut host = Host::start_in(disk.dir(), &[]);
+    create(&host, "2");
+    checkpoints(&host, 3);
+    wait_until("it merges", || n_merges(&host) > 0);
+    for (n, name) in [(3, "kept"), (4, "then")] {
+        change(&host, n);
+        host.cli(["checkpoint", "box", "--fs-only", "--durable", "--name", name]).ok();
+    }
+    for n in 5..10 {
+        change(&host, n);
+        checkpoint(&host);
+    }
+    wait_until("it merges", || n_merges(&host) > 2);
+    let cgroup = PathBuf::from(host.inspect("box")["cgroup"].as_str().expect("a path"));
+    disk.lose_power(|| {
+        host.end_daemon(Signal::SIGKILL);
+        fs::write(cgroup.join("cgroup.kill"), "1").expect("end what runs");
+    });
+    host.start_daemon();
+    host.cli(["gc"]).ok();
+    let tree = host.cli(["tree", "box", "--json"]).json();
+    for name in ["kept", "then"] {
+        let kept = tree["checkpoints"].as_array().expect("checkpoints").iter().find(|one| one["name"] == name);
+        assert!(kept.expect("the durable checkpoint is there")["damage"].is_null(), "{tree}");
+    }
+    let diff = host.cli(["diff", "box", "kept", "then", "-p"]).ok();
+    assert!(diff.contains(" 0\n 1\n 2\n 3\n+4"), "{diff}");
+}
+
+#[test]
+fn no_layer_of_a_removed_sandbox_stays_even_if_a_checkpoint_could_not_be_read() {
+    if skipped_without_root() {
+        return;
+    }
+    let mut host = Host::start();
+    create(&host, "2");
+    checkpoints(&host, 4);
+    host.end_daemon(Signal::SIGKILL);
+    fs::write(host.store().join("sandboxes/box/checkpoints/c2.json"), "").expect("damage a checkpoint");
+    host.start_daemon();
+    host.cli(["rm", "box"]).ok();
+    wait_until("nothing is left", || names(&host).is_empty());
+}
+
+#[test]
 fn what_a_root_is_mounted_over_stays_even_if_its_record_is_damaged() {
     if skipped_without_root() {
         return;

@@ -359,7 +359,7 @@ impl Driver {
                 let mut shown = self.lock_shown();
                 (shown.tops, shown.held) = Default::default();
                 drop(shown);
-                self.engine.collect_of(&self.manifest.id).map(drop)
+                self.engine.collect_removed(&self.manifest.id).map(drop)
             });
         self.show();
         if let Err(error) = result {

@@ -68,6 +68,11 @@ impl Engine {
         if self.shown(id).is_ok_and(|shown| lock(&shown).tree.is_damaged()) {
             return Ok(GcReport::default());
         }
+        self.collect_removed(id)
+    }
+
+    /// The same of one whose checkpoints are gone: none of them can need a layer.
+    pub(super) fn collect_removed(&self, id: &SandboxId) -> Result<GcReport, Error> {
         self.remove_unneeded(|record| record.sandbox == *id)
     }
 
