@@ -477,3 +477,26 @@ for i, start in enumerate((2000, 2000, 1000, 100)):
     wait_until("the stack is short", || n_layers(&host) < 30);
     assert_each(&host, &states[40..], "");
 }
+
+#[test]
+fn a_layer_that_cannot_be_removed_keeps_no_engine_from_its_start() {
+    if skipped_without_root() {
+        return;
+    }
+    let mut host = Host::start();
+    create(&host, "2");
+    let states = checkpoints(&host, 3);
+    host.end_daemon(Signal::SIGKILL);
+    // Of a sandbox that is no more.
+    let record = fs::read_to_string(dir(&host).join("1/layer.json")).expect("a record");
+    let orphan = dir(&host).join("77");
+    fs::create_dir_all(orphan.join("upper")).expect("make a layer");
+    let record = record.replace("\"box\"", "\"gone\"").replace("\"id\":1,", "\"id\":77,");
+    fs::write(orphan.join("layer.json"), record).expect("make a layer");
+    let host = host.restart_with(&[("DELTABOX_FAULT", "layers.remove")]);
+    let log = host.daemon_log();
+    assert!(log.contains("failed to remove the layers of sandboxes"), "{log}");
+    assert_each(&host, &states, "");
+    let host = host.restart_without_faults();
+    wait_until("it is gone", || !names(&host).iter().any(|name| name.contains("77")));
+}
