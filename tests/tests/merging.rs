@@ -325,7 +325,8 @@ fn a_merged_layer_that_is_damaged_under_the_engine_is_passed_over_and_its_source
     if skipped_without_root() {
         return;
     }
-    let damages: [(&str, fn(PathBuf)); 3] = [
+    type Damage = fn(PathBuf);
+    let damages: [(&str, Damage); 3] = [
         ("no content", |layer| fs::remove_dir_all(layer.join("upper")).expect("remove content")),
         ("no directory", |layer| fs::remove_dir_all(layer).expect("remove a layer")),
         ("a damaged record", |layer| fs::write(layer.join("layer.json"), "{").expect("damage a record")),
