@@ -501,3 +501,28 @@ fn a_layer_that_cannot_be_removed_keeps_no_engine_from_its_start() {
     let host = host.restart_without_faults();
     wait_until("it is gone", || !names(&host).iter().any(|name| name.contains("77")));
 }
+
+#[test]
+fn a_durable_checkpoint_outlives_a_power_failure_after_others_that_are_not() {
+    if skipped_without_root() {
+        return;
+    }
+    // Not ext4: that writes a file's content before the rename that replaces another.
+    let disk = Disk::make("xfs");
+    let mut host = Host::start_in(disk.dir(), &[]);
+    create(&host, "2");
+    host.cli(["checkpoint", "box", "--fs-only", "--durable", "--name", "kept"]).ok();
+    checkpoints(&host, 4);
+    rollback(&host, "c3");
+    // Somebody's fsync writes all names of the file system to disk.
+    fs::File::create(disk.path().join("other")).and_then(|file| file.sync_all()).expect("sync a file");
+    let cgroup = PathBuf::from(host.inspect("box")["cgroup"].as_str().expect("a path"));
+    disk.lose_power(|| {
+        host.end_daemon(Signal::SIGKILL);
+        fs::write(cgroup.join("cgroup.kill"), "1").expect("end what runs");
+    });
+    host.start_daemon();
+    let tree = host.cli(["tree", "box", "--json"]).json();
+    let kept = tree["checkpoints"].as_array().expect("checkpoints").iter().find(|one| one["name"] == "kept");
+    assert!(kept.expect("the durable checkpoint is there")["damage"].is_null(), "{tree}");
+}
