@@ -204,9 +204,13 @@ fn clean_layers(engine: &Engine) -> Result<(), Error> {
             log_failure(&layer.to_string(), "remove a half-made layer", engine.0.layers.remove(layer).map_err(io));
         }
     }
-    engine.collect_orphans()?;
+    // What cannot be removed (a failing disk) takes room, and waits for the next start.
+    log_failure("gone", "remove the layers of sandboxes", engine.collect_orphans().map(drop));
     let known: Vec<_> = engine.sandboxes().keys().cloned().collect();
-    known.iter().try_for_each(|id| engine.collect_of(id).map(drop))
+    for id in known {
+        log_failure(id.as_str(), "remove what it does not need of its layers", engine.collect_of(&id).map(drop));
+    }
+    Ok(())
 }
 
 fn clean(engine: &Engine, id: &SandboxId) -> Result<(), Error> {

@@ -38,7 +38,7 @@ const DEADLINE: Duration = Duration::from_secs(10);
 #[derive(Debug, Default)]
 pub(super) struct Merging {
     job: Option<Job>,
-    /// Topmost layer and number of layers of runs that one layer cannot stand for.
+    /// Topmost layer and number of layers of runs that could not be merged: passed over, or none would be any more.
     impossible: BTreeSet<(LayerId, u64)>,
     /// Shorter stacks are left alone for now.
     shortest: usize,
@@ -178,10 +178,15 @@ impl Driver {
         }
     }
 
-    /// Remembers what cannot be merged at all.
+    /// Remembers what is not to be tried again.
     fn blame(&mut self, job: &Job, error: MergeError) -> String {
-        if matches!(error, MergeError::NotExpressible { .. } | MergeError::TooDeep) {
-            self.merging.impossible.insert(key(&job.run));
+        match error {
+            MergeError::NoRoom | MergeError::Cancelled => {}
+            // Perhaps it would do the next time. If not, it would be tried for ever, and its neighbours never; and a
+            // larger run that it is part of comes sooner or later.
+            MergeError::NotExpressible { .. } | MergeError::TooDeep | MergeError::Io { .. } => {
+                self.merging.impossible.insert(key(&job.run));
+            }
         }
         error.to_string()
     }
@@ -278,7 +283,7 @@ fn has_room(engine: &Engine, run: &[Step]) -> Result<(), MergeError> {
     // A file system without a number of files that it can hold says that it holds none.
     let has_files = room.files() == 0 || n_files <= room.files_available() / 2;
     if bytes > free_bytes / 2 || !has_files {
-        return Err(failed("copy up to half of what is free in", io::ErrorKind::StorageFull.into()));
+        return Err(MergeError::NoRoom);
     }
     Ok(())
 }
