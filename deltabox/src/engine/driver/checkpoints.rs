@@ -60,10 +60,11 @@ impl Driver {
             true => self.engine.0.layers.known_stack(top).map_err(Error::Layer)?,
             false => self.stack_with_room(|layers| layers.known_stack(top))?,
         };
+        let durable = self.tree.is_durable();
         let Self { engine, dir, manifest, live, footing, .. } = self;
         let (Some(live), Some(footing)) = (live.as_ref(), footing.as_ref()) else { return Err(Error::ShuttingDown) };
         let id = CheckpointId(manifest.next_checkpoint);
-        let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: id };
+        let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: id, durable };
         let (mut armed, mut frozen_look) = (None, None);
         if !unchanged {
             armed = Some(arm.arm(live.root_look().map_err(io_error("look at the root of", dir))?)?);
@@ -155,9 +156,10 @@ impl Driver {
         self.load_ground()?;
         let discarded = self.manifest.live;
         let below = self.stack_with_room(|layers| layers.stack(target.top))?;
+        let durable = self.tree.is_durable();
         let Self { engine, dir, manifest, footing, .. } = self;
         let Some(footing) = footing.as_ref() else { return Err(Error::ShuttingDown) };
-        let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: target.id };
+        let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: target.id, durable };
         let Armed { layer, mount, .. } = arm.arm(target.root.clone())?;
         let ground = Ground { init, group: &group, deadline: Instant::now() + DEADLINE };
         let switched = switch(&mut self.tracer, &ground, Purpose::Discard, || mount.try_clone().map(Some), span);
@@ -296,7 +298,8 @@ impl Driver {
     /// After a switch.
     fn save(&self) -> Result<(), Error> {
         self.show();
-        let saved = crate::fault::point("checkpoints.moved").and_then(|()| self.manifest.save(self.dir.path()));
+        let saved = crate::fault::point("checkpoints.moved")
+            .and_then(|()| self.manifest.save(self.dir.path(), self.tree.is_durable()));
         saved.map_err(io_error("write the manifest in", &self.dir))
     }
 
@@ -319,6 +322,8 @@ struct Arm<'a> {
     manifest: &'a mut Manifest,
     below: &'a Stack,
     head: CheckpointId,
+    /// There are checkpoints that survive a power failure.
+    durable: bool,
 }
 
 impl Arm<'_> {
@@ -335,7 +340,7 @@ impl Arm<'_> {
         self.manifest.next = Some(id);
         let mounted = self
             .manifest
-            .save(self.dir.path())
+            .save(self.dir.path(), self.durable)
             .and_then(|()| crate::fault::point("checkpoints.arm"))
             .and_then(|()| self.footing.mount(self.engine, self.below, &layer));
         let mount = mounted.map_err(|source| {
