@@ -154,7 +154,7 @@ fn settle(engine: &Engine, manifest: &mut Manifest, tree: &Tree, life: Option<&L
         settled.head = Some(last.id);
     }
     if settled != *manifest
-        && let Err(error) = settled.save(engine.0.store.sandbox(&manifest.id).path())
+        && let Err(error) = settled.save(engine.0.store.sandbox(&manifest.id).path(), tree.is_durable())
     {
         // Found again by the next engine, if no checkpoint or rollback writes it before.
         tracing::error!(sandbox = %manifest.id, %error, "how a switch ended could not be written down yet");

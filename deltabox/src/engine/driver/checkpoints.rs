@@ -60,10 +60,11 @@ impl Driver {
             true => self.engine.0.layers.known_stack(top).map_err(Error::Layer)?,
             false => self.stack_with_room(|layers| layers.known_stack(top))?,
         };
+        let durable = self.tree.is_durable();
         let Self { engine, dir, manifest, live, footing, .. } = self;
         let (Some(live), Some(footing)) = (live.as_ref(), footing.as_ref()) else { return Err(Error::ShuttingDown) };
         let id = CheckpointId(manifest.next_checkpoint);
-        let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: id };
+        let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: id, durable };
         let (mut armed, mut frozen_look) = (None, None);
         if !unchanged {
             armed = Some(arm.arm(live.root_look().map_err(io_error("look at the root of", dir))?)?);
@@ -159,9 +160,10 @@ impl Driver {
         self.load_ground()?;
         let discarded = self.manifest.live;
         let below = self.stack_with_room(|layers| layers.stack(target.top))?;
+        let durable = self.tree.is_durable();
         let Self { engine, dir, manifest, footing, .. } = self;
         let Some(footing) = footing.as_ref() else { return Err(Error::ShuttingDown) };
-        let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: target.id };
+        let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: target.id, durable };
         let Armed { layer, mount, .. } = arm.arm(target.root.clone())?;
         // Other files come back under every walk: it need not be spared this.
         let walks = Walks::new(Instant::now(), &mut self.standing);
@@ -304,7 +306,8 @@ impl Driver {
     /// After a switch.
     fn save(&self) -> Result<(), Error> {
         self.show();
-        let saved = crate::fault::point("checkpoints.moved").and_then(|()| self.manifest.save(self.dir.path()));
+        let saved = crate::fault::point("checkpoints.moved")
+            .and_then(|()| self.manifest.save(self.dir.path(), self.tree.is_durable()));
         saved.map_err(io_error("write the manifest in", &self.dir))
     }
 
@@ -327,6 +330,8 @@ struct Arm<'a> {
     manifest: &'a mut Manifest,
     below: &'a Stack,
     head: CheckpointId,
+    /// There are checkpoints that survive a power failure.
+    durable: bool,
 }
 
 impl Arm<'_> {
@@ -343,7 +348,7 @@ impl Arm<'_> {
         self.manifest.next = Some(id);
         let mounted = self
             .manifest
-            .save(self.dir.path())
+            .save(self.dir.path(), self.durable)
             .and_then(|()| crate::fault::point("checkpoints.arm"))
             .and_then(|()| self.footing.mount(self.engine, self.below, &layer));
         let mount = mounted.map_err(|source| {

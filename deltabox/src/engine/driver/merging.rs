@@ -114,7 +114,7 @@ impl Driver {
             run: stack.steps()[run.clone()].to_vec(),
             below: stack.dirs().split_off(run.end),
             lowers,
-            durable: self.tree.iter().any(|one| one.durable),
+            durable: self.tree.is_durable(),
             cancel: Arc::clone(&cancel),
         };
         let run = order.run.clone();
@@ -166,7 +166,7 @@ impl Driver {
         if self.torn.is_some() {
             return;
         }
-        let durable = self.tree.iter().any(|one| one.durable);
+        let durable = self.tree.is_durable();
         match self.engine.0.layers.publish(draft, durable) {
             Ok(id) => {
                 self.merging.shortest = 0;
