@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
@@ -37,6 +38,21 @@ impl Disk {
         run(Command::new(format!("mkfs.{kind}")).arg("-q").arg(&image));
         run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&at));
         disk
+    }
+
+    /// What a power failure leaves: of what was not written to disk, nothing. Nobody may use it any more but those whom
+    /// `end_users` ends. Then it is mounted again. (ext4, xfs)
+    pub fn lose_power(&self, end_users: impl FnOnce()) {
+        // EXT4_IOC_SHUTDOWN, XFS_IOC_GOINGDOWN: not even the journal is written.
+        let shutdown = r#"open F, "<", $ARGV[0] or die $!; $how = pack "L", 2; ioctl F, 0x8004587d, $how or die $!"#;
+        run(Command::new("perl").args(["-e", shutdown]).arg(self.path()));
+        end_users();
+        let end = Instant::now() + Duration::from_secs(30);
+        while !output(Command::new("umount").arg(self.path())).status.success() {
+            assert!(Instant::now() < end, "somebody uses {}", self.path().display());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        run(Command::new("mount").args(["-o", "loop"]).arg(self.dir.path().join("image")).arg(self.path()));
     }
 
     /// Where it is mounted.

@@ -302,3 +302,227 @@ fn differences_are_the_same_when_single_layers_are_gone() {
         assert_eq!(diff("merging"), diff("box"), "{from} {to}, from {single:?}");
     }
 }
+
+/// Checkpoints c1 to c`n` of changes, and their states.
+fn checkpoints(host: &Host, n: usize) -> Vec<(String, String)> {
+    let mut states = Vec::new();
+    for n in 0..n {
+        change(host, n);
+        states.push((checkpoint(host), digest(host)));
+    }
+    states
+}
+
+fn assert_each(host: &Host, states: &[(String, String)], what: &str) {
+    for (id, expected) in states {
+        rollback(host, id);
+        assert_eq!(&digest(host), expected, "{what}: {id}");
+    }
+}
+
+#[test]
+fn a_merged_layer_that_is_damaged_under_the_engine_is_passed_over_and_its_sources_stay() {
+    if skipped_without_root() {
+        return;
+    }
+    type Damage = fn(PathBuf);
+    let damages: [(&str, Damage); 3] = [
+        ("no content", |layer| fs::remove_dir_all(layer.join("upper")).expect("remove content")),
+        ("no directory", |layer| fs::remove_dir_all(layer).expect("remove a layer")),
+        ("a damaged record", |layer| fs::write(layer.join("layer.json"), "{").expect("damage a record")),
+    ];
+    for (what, damage) in damages {
+        let host = Host::start();
+        create(&host, "2");
+        let mut states = checkpoints(&host, 3);
+        wait_until("it merges", || n_merges(&host) > 0);
+        // The sandbox is on its sources until the next switch.
+        host.cli(["gc"]).ok();
+        for (id, _) in merged(&host) {
+            damage(dir(&host).join(id.to_string()));
+        }
+        host.cli(["gc"]).ok();
+        change(&host, 3);
+        states.push((checkpoint(&host), digest(&host)));
+        host.cli(["gc"]).ok();
+        assert_each(&host, &states, what);
+        let mut host = host;
+        host.end_daemon(Signal::SIGKILL);
+        host.start_daemon();
+        assert_each(&host, &states, &format!("{what}, another engine"));
+    }
+}
+
+#[test]
+fn a_durable_checkpoint_of_a_young_store_outlives_a_power_failure_and_merges() {
+    if skipped_without_root() {
+        return;
+    }
+    let disk = Disk::make("ext4");
+    let mut host = Host::start_in(disk.dir(), &[]);
+    create(&host, "2");
+    checkpoints(&host, 3);
+    wait_until("it merges", || n_merges(&host) > 0);
+    for (n, name) in [(3, "kept"), (4, "then")] {
+        change(&host, n);
+        host.cli(["checkpoint", "box", "--fs-only", "--durable", "--name", name]).ok();
+    }
+    for n in 5..10 {
+        change(&host, n);
+        checkpoint(&host);
+    }
+    wait_until("it merges", || n_merges(&host) > 2);
+    let cgroup = PathBuf::from(host.inspect("box")["cgroup"].as_str().expect("a path"));
+    disk.lose_power(|| {
+        host.end_daemon(Signal::SIGKILL);
+        fs::write(cgroup.join("cgroup.kill"), "1").expect("end what runs");
+    });
+    host.start_daemon();
+    host.cli(["gc"]).ok();
+    let tree = host.cli(["tree", "box", "--json"]).json();
+    for name in ["kept", "then"] {
+        let kept = tree["checkpoints"].as_array().expect("checkpoints").iter().find(|one| one["name"] == name);
+        assert!(kept.expect("the durable checkpoint is there")["damage"].is_null(), "{tree}");
+    }
+    let diff = host.cli(["diff", "box", "kept", "then", "-p"]).ok();
+    assert!(diff.contains(" 1\n 2\n 3\n+4"), "{diff}");
+}
+
+#[test]
+fn no_layer_of_a_removed_sandbox_stays_even_if_a_checkpoint_could_not_be_read() {
+    if skipped_without_root() {
+        return;
+    }
+    let mut host = Host::start();
+    create(&host, "2");
+    checkpoints(&host, 4);
+    host.end_daemon(Signal::SIGKILL);
+    fs::write(host.store().join("sandboxes/box/checkpoints/c2.json"), "").expect("damage a checkpoint");
+    host.start_daemon();
+    host.cli(["rm", "box"]).ok();
+    wait_until("nothing is left", || names(&host).is_empty());
+}
+
+#[test]
+fn what_a_root_is_mounted_over_stays_even_if_its_record_is_damaged() {
+    if skipped_without_root() {
+        return;
+    }
+    let host = Host::start();
+    create(&host, "2");
+    checkpoints(&host, 3);
+    wait_until("it merges", || n_merges(&host) > 0);
+    let before = digest(&host);
+    let held = names(&host);
+    host.cli(["gc"]).ok();
+    let live = PathBuf::from(host.inspect("box")["live_layer"].as_str().expect("a path"));
+    fs::write(live.join("layer.json"), "{").expect("damage a record");
+    for id in ["c1", "c2"] {
+        host.cli(["rm", &format!("box@{id}")]).ok();
+    }
+    host.cli(["gc"]).ok();
+    assert_eq!(names(&host), held);
+    host.sh("box", "echo 2 > /proc/sys/vm/drop_caches || :").ok();
+    assert_eq!(digest(&host), before);
+    // Another engine cannot tell what it is mounted over; it says so instead of failing.
+    let mut host = host;
+    host.end_daemon(Signal::SIGKILL);
+    host.start_daemon();
+    host.cli(["gc"]).ok();
+    assert_eq!(names(&host), held);
+    host.cli(["inspect", "box", "--json"]).json();
+    assert!(host.cli(["checkpoint", "box", "--fs-only", "--json"]).error()["message"].as_str().is_some());
+}
+
+#[test]
+fn a_merge_leaves_half_of_the_free_files() {
+    if skipped_without_root() {
+        return;
+    }
+    let disk = Disk::make_with("tmpfs", "size=256M,nr_inodes=9000");
+    let host = Host::start_in(disk.dir(), &[]);
+    create(&host, "2");
+    for n in 0..3 {
+        host.sh("box", &format!("mkdir /srv/d{n}; cd /srv/d{n}; seq 1600 | xargs touch")).ok();
+        checkpoint(&host);
+    }
+    wait_until("it is told or done", || host.daemon_log().contains("half of what is free") || n_merges(&host) > 0);
+    assert!(merged(&host).is_empty());
+}
+
+#[test]
+fn a_run_that_can_never_be_merged_keeps_no_other_from_it() {
+    if skipped_without_root() {
+        return;
+    }
+    let disk = Disk::make("ext4");
+    let host = Host::start_in(disk.dir(), &[]);
+    create(&host, "2");
+    // A renamed directory whose attributes leave no room for a longer redirect.
+    host.sh("box", "cd /srv; mkdir -p $(seq -s / 1000 1100)/d").ok();
+    checkpoint(&host);
+    host.sh("box", "touch /srv/x").ok();
+    checkpoint(&host);
+    let fill = "import os
+d = '/srv/' + '/'.join(str(n) for n in range(1000, 1101))
+os.rename(d + '/d', d + '/full')
+d += '/full'
+for i, start in enumerate((2000, 2000, 1000, 100)):
+    for n in range(start, 0, -1):
+        try: os.setxattr(d, 'user.%d' % i, b'x' * n); break
+        except OSError: pass";
+    host.cli(["exec", "box", "--", "python3", "-c", fill]).ok();
+    checkpoint(&host);
+    let states = checkpoints(&host, 45);
+    wait_until("it is told", || host.daemon_log().contains("could not be merged"));
+    wait_until("the stack is short", || n_layers(&host) < 30);
+    assert_each(&host, &states[40..], "");
+}
+
+#[test]
+fn a_layer_that_cannot_be_removed_keeps_no_engine_from_its_start() {
+    if skipped_without_root() {
+        return;
+    }
+    let mut host = Host::start();
+    create(&host, "2");
+    let states = checkpoints(&host, 3);
+    host.end_daemon(Signal::SIGKILL);
+    // Of a sandbox that is no more.
+    let record = fs::read_to_string(dir(&host).join("1/layer.json")).expect("a record");
+    let orphan = dir(&host).join("77");
+    fs::create_dir_all(orphan.join("upper")).expect("make a layer");
+    let record = record.replace("\"box\"", "\"gone\"").replace("\"id\":1,", "\"id\":77,");
+    fs::write(orphan.join("layer.json"), record).expect("make a layer");
+    let host = host.restart_with(&[("DELTABOX_FAULT", "layers.remove")]);
+    let log = host.daemon_log();
+    assert!(log.contains("failed to remove the layers of sandboxes"), "{log}");
+    assert_each(&host, &states, "");
+    let host = host.restart_without_faults();
+    wait_until("it is gone", || !names(&host).iter().any(|name| name.contains("77")));
+}
+
+#[test]
+fn a_durable_checkpoint_outlives_a_power_failure_after_others_that_are_not() {
+    if skipped_without_root() {
+        return;
+    }
+    // Not ext4: that writes a file's content before the rename that replaces another.
+    let disk = Disk::make("xfs");
+    let mut host = Host::start_in(disk.dir(), &[]);
+    create(&host, "2");
+    host.cli(["checkpoint", "box", "--fs-only", "--durable", "--name", "kept"]).ok();
+    checkpoints(&host, 4);
+    rollback(&host, "c3");
+    // Somebody's fsync writes all names of the file system to disk.
+    fs::File::create(disk.path().join("other")).and_then(|file| file.sync_all()).expect("sync a file");
+    let cgroup = PathBuf::from(host.inspect("box")["cgroup"].as_str().expect("a path"));
+    disk.lose_power(|| {
+        host.end_daemon(Signal::SIGKILL);
+        fs::write(cgroup.join("cgroup.kill"), "1").expect("end what runs");
+    });
+    host.start_daemon();
+    let tree = host.cli(["tree", "box", "--json"]).json();
+    let kept = tree["checkpoints"].as_array().expect("checkpoints").iter().find(|one| one["name"] == "kept");
+    assert!(kept.expect("the durable checkpoint is there")["damage"].is_null(), "{tree}");
+}

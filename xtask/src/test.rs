@@ -21,6 +21,12 @@ pub(crate) struct Args {
     /// The big counts (tests see `DELTABOX_SOAK=1`), without time limits.
     #[arg(long)]
     soak: bool,
+    /// Cases of each property test (tests see `DELTABOX_CASES`); many want --soak, for the time.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    cases: Option<u64>,
+    /// Where their random numbers begin (`DELTABOX_SEED`): a failure prints it.
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
     /// Run only tests whose name contains this.
     filter: Option<String>,
 }
@@ -123,6 +129,11 @@ fn run_nextest(workspace: &Workspace, args: &Args, product: &PathBuf) -> anyhow:
     };
     if args.soak {
         command.env("DELTABOX_SOAK", "1");
+    }
+    for (name, number) in [("DELTABOX_CASES", args.cases), ("DELTABOX_SEED", args.seed)] {
+        if let Some(number) = number {
+            command.env(name, number.to_string());
+        }
     }
     if let Some(filter) = &args.filter {
         command.args(["--", filter]);

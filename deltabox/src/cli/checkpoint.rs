@@ -25,10 +25,15 @@ pub(super) struct Args {
     /// Come back only when all of it is on disk.
     #[arg(long)]
     durable: bool,
+    /// How long to wait for programs that walk through directories (find, rm -r), milliseconds. After that they may
+    /// fail.
+    #[arg(long, value_name = "MS", default_value_t = CheckpointRequest::default().patience_ms)]
+    patience: u32,
 }
 
 pub(super) fn run(args: Args, context: &Context) -> Outcome {
-    let request = CheckpointRequest { name: args.name, fs_only: args.fs_only, durable: args.durable };
+    let Args { name, fs_only, durable, patience, .. } = args;
+    let request = CheckpointRequest { name, fs_only, durable, patience_ms: patience };
     let made: CheckpointReport =
         context.client()?.post(&format!("/v1/sandboxes/{}/checkpoints", args.sandbox), &request)?;
     if context.json {

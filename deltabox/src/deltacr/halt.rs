@@ -37,10 +37,10 @@ pub(super) enum Halt {
 pub(super) fn settle(stopped: &mut Stopped, request: Request<'_>) -> Result<(), StopError> {
     loop {
         seize_new(stopped, &request)?;
+        interrupt_new(stopped)?;
         // After the deadline nothing new is begun, but what was interrupted is waited for: it can be let go then.
         let late = Instant::now() >= request.deadline;
         crate::fault::point("stop.interrupted").map_err(faulted)?;
-        stopped.follow();
         let stuck = wait_all(stopped, request.deadline)?;
         if !stuck.is_empty() {
             stopped.resume();
@@ -75,7 +75,7 @@ fn seize_released(stopped: &mut Stopped) {
     stopped.processes.retain(|process| !process.threads.is_empty());
 }
 
-/// Seizes and interrupts what is not seized yet.
+/// Seizes what is not seized yet. It runs on meanwhile: only the interruption that follows makes it stand still.
 fn seize_new(stopped: &mut Stopped, request: &Request<'_>) -> Result<(), StopError> {
     for pid in stopped.lists.processes().map_err(unread)? {
         if request.excluded.contains(&pid) {
@@ -101,14 +101,34 @@ fn seize_new(stopped: &mut Stopped, request: &Request<'_>) -> Result<(), StopErr
                 continue;
             }
             let registers = super::frame::zero_registers();
-            let thread = Thread { tid, registers, group_stopped: false, halted: false };
+            let thread = Thread { tid, registers, group_stopped: false, interrupted: false, halted: false };
             stopped.processes[at].threads.push(thread);
         }
     }
     Ok(())
 }
 
-/// Seizes and interrupts one thread; `false` if there is nothing to stop (it is dead).
+/// Interrupts what was seized; what has ended since is forgotten. The first time programs stand still from here on.
+fn interrupt_new(stopped: &mut Stopped) -> Result<(), StopError> {
+    if stopped.begun.is_none() {
+        stopped.follow();
+        stopped.begun = Some(Instant::now());
+    }
+    for process in &mut stopped.processes {
+        let mut at = 0;
+        while let Some(thread) = process.threads.get_mut(at) {
+            thread.interrupted = thread.interrupted || interrupt(process.pid, thread.tid)?;
+            if thread.interrupted {
+                at += 1;
+            } else {
+                process.threads.remove(at);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Seizes one thread; `false` if there is nothing to stop (it is dead).
 ///
 /// Without PTRACE_O_SUSPEND_SECCOMP: the thread still runs, and would run unfiltered until it stops. The hand sets it.
 fn seize(pid: pid_t, tid: pid_t, deadline: Instant) -> Result<bool, StopError> {
@@ -116,7 +136,7 @@ fn seize(pid: pid_t, tid: pid_t, deadline: Instant) -> Result<bool, StopError> {
     let mut n_attempts = 0;
     while n_attempts < SEIZE_ATTEMPTS {
         match ptrace::seize(Pid::from_raw(tid), ptrace::Options::empty()) {
-            Ok(()) => return interrupt(pid, tid),
+            Ok(()) => return Ok(true),
             Err(nix::Error::ESRCH) => return Ok(false),
             Err(nix::Error::EPERM) => n_attempts += 1,
             // It waits for an exec in this process, and that for the end of its threads: of ours too, which are to be
@@ -141,7 +161,7 @@ fn seize(pid: pid_t, tid: pid_t, deadline: Instant) -> Result<bool, StopError> {
             Some(0) => {}
             // Ours under another name: it took over the leader's at an exec.
             Some(tracer) if tracer == nix::unistd::gettid().as_raw() || tracer == nix::unistd::getpid().as_raw() => {
-                return interrupt(pid, tid);
+                return Ok(true);
             }
             Some(tracer) => return Err(StopRefusal::TracedInside { pid, tracer }.into()),
         }
@@ -344,7 +364,7 @@ pub(super) fn read_thread(pid: pid_t, thread: &mut Thread, waits: &mut Waits) ->
 pub(super) fn calm(stopped: &mut Stopped) {
     let deadline = Instant::now() + CALM;
     for process in &mut stopped.processes {
-        for thread in process.threads.iter_mut().filter(|thread| !thread.halted) {
+        for thread in process.threads.iter_mut().filter(|thread| thread.interrupted && !thread.halted) {
             if let Ok(Halt::Halted { .. }) = wait_halt(process.pid, thread.tid, deadline) {
                 thread.halted = true;
                 // A failure means that it was killed.

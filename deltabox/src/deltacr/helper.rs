@@ -68,7 +68,7 @@ impl Hand<'_> {
         let mut bytes: Vec<u8> = helper.iter().flat_map(bytes_of).collect();
         self.write(self.area + AREA_HELPER as u64, &bytes)?;
         self.set_options(libc::PTRACE_O_SUSPEND_SECCOMP | libc::PTRACE_O_TRACECLONE)?;
-        let ran = self.begin_batch(calls, &mut bytes).and_then(|()| self.go_on());
+        let ran = self.begin_batch(calls, (self.area, &[]), &mut bytes).and_then(|()| self.go_on());
         let attended = match ran {
             Ok(Reached::Birth(child)) => {
                 let attended = self.attend(child, attend);

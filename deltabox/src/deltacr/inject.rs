@@ -166,10 +166,23 @@ impl<'a> Hand<'a> {
     /// # Errors
     /// The thread's own registers are restored in any case; calls may have been made.
     pub fn run(&mut self, calls: &[Call]) -> Result<Vec<i64>, InjectError> {
+        self.run_with(calls, (self.area, &[]), (self.area, &mut []))
+    }
+
+    /// As [`Hand::run`]; before the calls memory is written, after them memory is read, in no calls more than without.
+    ///
+    /// # Errors
+    /// As [`Hand::run`].
+    pub fn run_with(
+        &mut self,
+        calls: &[Call],
+        before: (u64, &[u8]),
+        (at, after): (u64, &mut [u8]),
+    ) -> Result<Vec<i64>, InjectError> {
         let mut results = Vec::with_capacity(calls.len());
         let mut bytes = std::mem::take(&mut self.stopped.buffer);
         let made = calls.chunks(N_CALLS).try_for_each(|batch| {
-            self.run_batch(batch, &mut bytes).map_err(|error| match error {
+            self.run_batch(batch, before, (at, &mut *after), &mut bytes).map_err(|error| match error {
                 InjectError::Blocked { pid, index } => InjectError::Blocked { pid, index: index + results.len() },
                 error => error,
             })?;
@@ -182,14 +195,30 @@ impl<'a> Hand<'a> {
     }
 
     /// Makes calls that fit into the area; `bytes` is what became of them.
-    fn run_batch(&mut self, batch: &[Call], bytes: &mut Vec<u8>) -> Result<(), InjectError> {
-        self.begin_batch(batch, bytes)?;
+    fn run_batch(
+        &mut self,
+        batch: &[Call],
+        before: (u64, &[u8]),
+        (after_at, after): (u64, &mut [u8]),
+        bytes: &mut Vec<u8>,
+    ) -> Result<(), InjectError> {
+        self.begin_batch(batch, before, bytes)?;
         self.finish_batch()?;
-        self.read(self.area + AREA_CALLS as u64, bytes)
+        let at = self.area + AREA_CALLS as u64;
+        if self.memory.read_all([(at, &mut *bytes), (after_at, &mut *after)]).is_ok() {
+            return Ok(());
+        }
+        self.read(at, bytes)?;
+        self.read(after_at, after)
     }
 
-    /// Writes the calls and lets them be reached; they begin with the next resumption.
-    pub(super) fn begin_batch(&mut self, batch: &[Call], bytes: &mut Vec<u8>) -> Result<(), InjectError> {
+    /// Writes the calls, and memory before them, and lets them be reached; they begin with the next resumption.
+    pub(super) fn begin_batch(
+        &mut self,
+        batch: &[Call],
+        before: (u64, &[u8]),
+        bytes: &mut Vec<u8>,
+    ) -> Result<(), InjectError> {
         bytes.clear();
         for call in batch {
             bytes.extend(call.nr.to_le_bytes());
@@ -199,7 +228,7 @@ impl<'a> Hand<'a> {
         let at = self.area + AREA_CALLS as u64;
         // The number last: an orphan makes all of them or none.
         let count = (self.area + (AREA_SLOTS + slot::COUNT * 8) as u64, &(batch.len() as u64).to_le_bytes()[..]);
-        self.memory.write_all([(at, bytes), count]).map_err(|source| self.error("write memory of", source))?;
+        self.memory.write_all([before, (at, bytes), count]).map_err(|source| self.error("write memory of", source))?;
         let start = if self.waits { None } else { Some(Registers { rip: self.area, ..self.foreign() }) };
         self.waits = false;
         self.begin(start)

@@ -4,7 +4,7 @@
 //! a thread that cannot be stopped cannot be detached either, but the end of its tracer frees it, unchanged.
 //!
 //! ```text
-//! scan cgroup.procs, /proc/PID/task --> seize, interrupt --> wait for each --> cgroup.threads: all halted? --> Stopped
+//! scan cgroup.procs, /proc/PID/task: seize --> interrupt --> wait for each --> cgroup.threads: all halted? --> Stopped
 //!        ^                                                       |  one is in an uninterruptible sleep (vfork)
 //!        +------ it stopped <------ let all others run <---------+--> deadline: refused
 //! ```
@@ -131,8 +131,8 @@ where
 #[derive(Debug)]
 pub struct Stopped {
     pub(super) processes: Vec<Process>,
-    /// When the first thread was interrupted, or just before.
-    begun: Instant,
+    /// Just before the first thread was interrupted.
+    pub(super) begun: Option<Instant>,
     pub(super) lists: Lists,
     /// Bytes on their way, so that nothing is allocated at the stop.
     pub(super) buffer: Vec<u8>,
@@ -166,6 +166,7 @@ pub struct Thread {
     pub registers: Registers,
     /// Whether job control had stopped it before.
     pub group_stopped: bool,
+    pub(super) interrupted: bool,
     pub(super) halted: bool,
 }
 
@@ -176,7 +177,7 @@ impl Stopped {
         Self {
             processes: Vec::with_capacity(64),
             buffer: vec![0; XSTATE_MAX_BYTES],
-            begun: Instant::now(),
+            begun: None,
             lists,
             pinned: None,
             deferred: Vec::with_capacity(16),
@@ -187,7 +188,8 @@ impl Stopped {
         }
     }
 
-    /// Pins the tracer to where a process is that has been interrupted: the way there is part of the wait for it.
+    /// Pins the tracer to where a process runs that is about to be interrupted: the way there is part of the wait for it,
+    /// and takes longest for the tracer itself.
     pub(super) fn follow(&mut self) {
         let known =
             self.kept.known.iter().find(|known| self.processes.first().is_some_and(|first| first.pid == known.pid));
@@ -196,9 +198,11 @@ impl Stopped {
         }
     }
 
-    /// Pins the tracer to `cpu`. A round trip across CPUs takes 10 times as long.
+    /// Pins the tracer to `cpu`, once: a move takes 25 to 60 us, more than a hand's few batches save. A round trip across
+    /// CPUs takes up to 10 times as long, but the kernel wakes a process where it likes (elsewhere, while the tracer is on
+    /// its CPU and another is idle), so to run after it does not help.
     pub(super) fn pin_to(&mut self, cpu: usize) {
-        if self.pinned == Some(cpu) {
+        if self.pinned.is_some() {
             return;
         }
         let mut one = CpuSet::new();
@@ -210,7 +214,7 @@ impl Stopped {
 
     /// From when on programs may have stood still.
     pub fn begun(&self) -> Instant {
-        self.begun
+        self.begun.unwrap_or_else(Instant::now)
     }
 
     /// The processes, in the order in which the group listed them.
@@ -223,8 +227,8 @@ impl Stopped {
         self.processes.iter().map(|process| process.threads.len()).sum()
     }
 
-    /// The engine's hand in process `pid`: its first thread will make system calls for the engine. The tracer is
-    /// pinned to that thread's CPU meanwhile.
+    /// The engine's hand in process `pid`: its first thread will make system calls for the engine. The first hand pins the
+    /// tracer to that thread's CPU.
     ///
     /// # Errors
     /// The process is unchanged, apart from the area that an earlier hand left in it.
@@ -320,7 +324,6 @@ impl Drop for Stopped {
 fn stop(stopped: &mut Stopped, request: Request<'_>) -> Result<(), StopError> {
     let timer = |source| StopError::Tracer { op: "set a timer", source };
     stopped.alarm.listen(PATIENCE, TICK).map_err(timer)?;
-    stopped.begun = Instant::now();
     let settled = halt::settle(stopped, request);
     if settled.is_err() {
         halt::calm(stopped);

@@ -30,8 +30,11 @@ pub struct Top<'a> {
 /// redirects of its lower layers.
 ///
 /// The options and why (facts: filesystem): `index=off` because an index refuses a layer that another mount still
-/// holds; `xino=off`, `uuid=null` keep inode numbers as they are; `metacopy=off` so that a frozen layer holds whole
-/// files; `volatile` because the live layer's durability is the checkpoint's business, not fsync's.
+/// holds; `xino=on` so that no two directories have the same number, in this mount or another of the same layers (without
+/// it they are counted anew in each mount, and `rm -r` across two of them sees a circle), but off without `top`, or a
+/// base's numbers would have no room left for it; `uuid=null` as layers of any file system go together; `metacopy=off` so
+/// that a frozen layer holds whole files; `volatile` because the live layer's durability is the checkpoint's business, not
+/// fsync's.
 pub fn mount_stack(lowers: &[BorrowedFd<'_>], top: Option<Top<'_>>) -> Result<OwnedFd, MountError> {
     let failed = |op: &str, source| MountError { op: op.to_owned(), source, log: String::new() };
     let fs = mount::fsopen(c"overlay").map_err(|error| failed("fsopen overlay", error))?;
@@ -49,9 +52,9 @@ pub fn mount_stack(lowers: &[BorrowedFd<'_>], top: Option<Top<'_>>) -> Result<Ow
         }
         mount::fsconfig_flag(fs.as_fd(), c"volatile").map_err(|error| explained(name(c"volatile"), error))?;
     }
-    let redirect = if top.is_some() { c"on" } else { c"follow" };
+    let (redirect, xino) = if top.is_some() { (c"on", c"on") } else { (c"follow", c"off") };
     let options =
-        [(c"index", c"off"), (c"xino", c"off"), (c"metacopy", c"off"), (c"uuid", c"null"), (c"redirect_dir", redirect)];
+        [(c"index", c"off"), (c"xino", xino), (c"metacopy", c"off"), (c"uuid", c"null"), (c"redirect_dir", redirect)];
     for (key, value) in options {
         mount::fsconfig_string(fs.as_fd(), key, value).map_err(|error| explained(name(key), error))?;
     }

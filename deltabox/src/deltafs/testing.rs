@@ -82,13 +82,13 @@ pub(super) fn layers(n_layers: std::ops::Range<usize>) -> impl Strategy<Value = 
     })
 }
 
-/// Runs `case` as often as DELTABOX_CASES says, or `n_cases` times; DELTABOX_SEED repeats a failure.
+/// Runs `case` as often as `cargo xtask test --cases` says, or `n_cases` times; `--seed` repeats a failure.
 pub(super) fn run_cases<S: Strategy>(n_cases: u64, strategy: S, case: impl Fn(S::Value)) {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let random = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().subsec_nanos();
     let seed = number("DELTABOX_SEED").unwrap_or_else(|| random.into());
     let n_cases = number("DELTABOX_CASES").unwrap_or(n_cases);
-    println!("DELTABOX_SEED={seed} DELTABOX_CASES={n_cases}");
+    println!("--seed {seed} --cases {n_cases}");
     for number in 0..n_cases {
         let mut bytes = [0; 32];
         bytes[..8].copy_from_slice(&(seed + number).to_le_bytes());
@@ -102,7 +102,7 @@ pub(super) fn run_cases<S: Strategy>(n_cases: u64, strategy: S, case: impl Fn(S:
             })
         });
         if let Err(error) = played {
-            panic!("DELTABOX_SEED={} DELTABOX_CASES=1: {error}", seed + number);
+            panic!("--seed {} --cases 1: {error}", seed + number);
         }
     }
 }

@@ -75,7 +75,7 @@ pub struct PhaseTime {
 }
 
 /// What `checkpoint` takes.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct CheckpointRequest {
     /// Its name besides its id.
     #[serde(default)]
@@ -86,6 +86,20 @@ pub struct CheckpointRequest {
     /// Answer when all of it is on disk.
     #[serde(default)]
     pub durable: bool,
+    /// How long programs that walk through directories are waited for, milliseconds. After that they may fail.
+    #[serde(default = "default_patience_ms")]
+    pub patience_ms: u32,
+}
+
+impl Default for CheckpointRequest {
+    fn default() -> Self {
+        Self { name: None, fs_only: false, durable: false, patience_ms: default_patience_ms() }
+    }
+}
+
+/// Chosen: most walks are shorter, and nobody waits where nobody walks.
+fn default_patience_ms() -> u32 {
+    10_000
 }
 
 /// A checkpoint, and how it was made.

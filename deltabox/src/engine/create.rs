@@ -203,7 +203,7 @@ fn make(engine: &Engine, id: &SandboxId, spec: SandboxSpec, mut span: Span) -> R
     let create_us = u64::try_from(span.total().as_micros()).unwrap_or(u64::MAX);
     let manifest =
         Manifest::new(id.clone(), spec, unix_ms(), create_us, cgroups, layer.record().id, footing.frame(), init);
-    manifest.save(dir.path()).map_err(io("write the manifest in", dir.path().to_owned()))?;
+    manifest.save(dir.path(), false).map_err(io("write the manifest in", dir.path().to_owned()))?;
     scraps.keep = true;
     span.end_of(Phase::Manifest);
     inner.book.record(id.as_str(), &span);

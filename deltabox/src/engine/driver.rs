@@ -34,6 +34,7 @@ use super::inbox::Inbox;
 use super::logs::Logs;
 use super::manifest::Manifest;
 use super::store::SandboxDir;
+use super::switch::Standing;
 use super::tree::Tree;
 use super::{Engine, Error, ready};
 use crate::deltacr::stop::Tracer;
@@ -111,8 +112,15 @@ pub(super) struct Shown {
     pub(super) next: Option<LayerId>,
     /// Layers that it needs, with all below them.
     pub(super) tops: Tops,
-    /// Directories of layers that are in use, whatever the stacks are now.
-    pub(super) held: BTreeSet<LayerId>,
+    pub(super) held: Held,
+}
+
+/// Directories of layers that are in use, whatever the stacks are now.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Held {
+    pub(super) dirs: BTreeSet<LayerId>,
+    /// A layer whose record cannot be read: what it is mounted over cannot be told, but that it is older.
+    pub(super) unread: Option<LayerId>,
 }
 
 /// How long processes may take to die after cgroup.kill (chosen: an unkillable one is stuck in the kernel).
@@ -159,6 +167,8 @@ pub(super) struct Driver {
     live: Option<LiveLayer>,
     footing: Option<Footing>,
     merging: Merging,
+    /// Directories that its programs keep open.
+    standing: Standing,
     /// Why its processes are on different roots.
     torn: Option<String>,
     tracer: Tracer,
@@ -194,6 +204,7 @@ impl Driver {
             live: None,
             footing: None,
             merging: Merging::default(),
+            standing: Standing::default(),
             torn: None,
             tracer: Tracer::new(),
             manifest,
@@ -348,7 +359,7 @@ impl Driver {
                 let mut shown = self.lock_shown();
                 (shown.tops, shown.held) = Default::default();
                 drop(shown);
-                self.engine.collect_of(&self.manifest.id).map(drop)
+                self.engine.collect_removed(&self.manifest.id).map(drop)
             });
         self.show();
         if let Err(error) = result {
@@ -439,7 +450,7 @@ impl Driver {
         if shown.report.epoch == self.manifest.epoch
             && (shown.live, shown.next) == (self.manifest.live, self.manifest.next)
             && Arc::ptr_eq(&shown.tree, &self.tree)
-            && self.merging.sources().all(|layer| shown.held.contains(&layer))
+            && self.merging.sources().all(|layer| shown.held.dirs.contains(&layer))
         {
             return;
         }
@@ -450,7 +461,7 @@ impl Driver {
         shown.tree = Arc::clone(&self.tree);
         shown.tops = tops(&self.manifest, &self.tree);
         shown.held = mounted_over(&self.engine, &self.manifest);
-        shown.held.extend(self.merging.sources());
+        shown.held.dirs.extend(self.merging.sources());
     }
 }
 
@@ -461,10 +472,18 @@ pub(super) fn tops(manifest: &Manifest, tree: &Tree) -> Tops {
 }
 
 /// The directories that a sandbox's root is mounted over, or may be. Merged ones may have taken their place in stacks.
-pub(super) fn mounted_over(engine: &Engine, manifest: &Manifest) -> BTreeSet<LayerId> {
-    let own = [Some(manifest.live), manifest.next].into_iter().flatten();
-    let records = own.filter_map(|id| Record::load(&engine.0.layers.path(id)).ok());
-    records.flat_map(|record| record.stack).collect()
+pub(super) fn mounted_over(engine: &Engine, manifest: &Manifest) -> Held {
+    let mut held = Held::default();
+    for id in [Some(manifest.live), manifest.next].into_iter().flatten() {
+        match Record::load(&engine.0.layers.path(id)) {
+            Ok(record) => held.dirs.extend(record.stack),
+            Err(error) => {
+                tracing::error!(layer = %id, %error, "its record cannot be read; no older layer is removed");
+                held.unread = held.unread.max(Some(id));
+            }
+        }
+    }
+    held
 }
 
 /// Tells the client, if there is one.

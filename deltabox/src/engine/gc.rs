@@ -68,6 +68,11 @@ impl Engine {
         if self.shown(id).is_ok_and(|shown| lock(&shown).tree.is_damaged()) {
             return Ok(GcReport::default());
         }
+        self.collect_removed(id)
+    }
+
+    /// The same of one whose checkpoints are gone: none of them can need a layer.
+    pub(super) fn collect_removed(&self, id: &SandboxId) -> Result<GcReport, Error> {
         self.remove_unneeded(|record| record.sandbox == *id)
     }
 
@@ -116,7 +121,8 @@ impl Engine {
                 (shown.tops.clone(), shown.held.clone())
             };
             needed.add(&self.0.layers, tops);
-            needed.layers.extend(held);
+            needed.layers.extend(held.dirs);
+            needed.damaged = needed.damaged.max(held.unread);
         }
         needed
     }
@@ -161,7 +167,7 @@ impl Engine {
         let others = self.needed(Some(id));
         let (mut mine, mut stack) = (Needed::default(), Needed::default());
         mine.add(layers, tops);
-        mine.layers.extend(held);
+        mine.layers.extend(held.dirs);
         stack.add(layers, [live]);
         let live_bytes = layers.scan_usage(live).unwrap_or_default().bytes;
         let (mut own_bytes, mut shared_bytes) = (live_bytes, 0);
@@ -169,7 +175,7 @@ impl Engine {
             let Usage { bytes, .. } = layers.frozen_usage(layer).unwrap_or_default();
             *(if others.layers.contains(&layer) { &mut shared_bytes } else { &mut own_bytes }) += bytes;
         }
-        Ok(DiskReport { live_bytes, own_bytes, shared_bytes, n_layers: stack.walked.len() - 1 })
+        Ok(DiskReport { live_bytes, own_bytes, shared_bytes, n_layers: stack.walked.len().saturating_sub(1) })
     }
 }
 
@@ -190,7 +196,12 @@ impl Needed {
             self.layers.insert(top);
             let mut next = Some(top);
             while let Some(name) = next {
-                next = match layers.step(name) {
+                // A merged one is looked at again: what it stands for may go because of it.
+                let step = layers.step(name).and_then(|step| match step.n_layers {
+                    1 => Ok(step),
+                    _ => layers.check(name),
+                });
+                next = match step {
                     Ok(step) => {
                         self.layers.insert(step.id);
                         // Else everything from here on down is in it already.

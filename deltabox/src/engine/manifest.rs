@@ -77,10 +77,14 @@ impl Manifest {
         }
     }
 
-    /// Puts it in place; from the rename on the sandbox exists.
-    pub(super) fn save(&self, dir: &Path) -> io::Result<()> {
+    /// Puts it in place; from the rename on the sandbox exists. `durable`: there are checkpoints that survive a power
+    /// failure, so its content is on disk before its name is. (Names can be written first, where others sync: xfs.)
+    pub(super) fn save(&self, dir: &Path, durable: bool) -> io::Result<()> {
         let staging = dir.join(".sandbox.json");
         fs::write(&staging, serde_json::to_vec_pretty(self)?)?;
+        if durable {
+            fs::File::open(&staging)?.sync_all()?;
+        }
         crate::fault::point("create.manifest")?;
         fs::rename(&staging, dir.join(FILE))
     }

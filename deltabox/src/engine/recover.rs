@@ -154,7 +154,7 @@ fn settle(engine: &Engine, manifest: &mut Manifest, tree: &Tree, life: Option<&L
         settled.head = Some(last.id);
     }
     if settled != *manifest
-        && let Err(error) = settled.save(engine.0.store.sandbox(&manifest.id).path())
+        && let Err(error) = settled.save(engine.0.store.sandbox(&manifest.id).path(), tree.is_durable())
     {
         // Found again by the next engine, if no checkpoint or rollback writes it before.
         tracing::error!(sandbox = %manifest.id, %error, "how a switch ended could not be written down yet");
@@ -204,9 +204,13 @@ fn clean_layers(engine: &Engine) -> Result<(), Error> {
             log_failure(&layer.to_string(), "remove a half-made layer", engine.0.layers.remove(layer).map_err(io));
         }
     }
-    engine.collect_orphans()?;
+    // What cannot be removed (a failing disk) takes room, and waits for the next start.
+    log_failure("gone", "remove the layers of sandboxes", engine.collect_orphans().map(drop));
     let known: Vec<_> = engine.sandboxes().keys().cloned().collect();
-    known.iter().try_for_each(|id| engine.collect_of(id).map(drop))
+    for id in known {
+        log_failure(id.as_str(), "remove what it does not need of its layers", engine.collect_of(&id).map(drop));
+    }
+    Ok(())
 }
 
 fn clean(engine: &Engine, id: &SandboxId) -> Result<(), Error> {

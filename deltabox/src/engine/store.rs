@@ -51,7 +51,7 @@ impl Store {
             },
             errno => Error::Io { op: "lock the store", path: root.clone(), source: errno.into() },
         })?;
-        for dir in ["sandboxes", "bases", "frames"] {
+        for dir in ["sandboxes", "bases", "frames", "layers"] {
             let dir = root.join(dir);
             fs::create_dir_all(&dir).map_err(|source| Error::Io { op: "create", path: dir, source })?;
         }
@@ -60,6 +60,7 @@ impl Store {
             path: root.clone(),
             source,
         })?;
+        sync_names(&root).map_err(|source| Error::Io { op: "write to disk", path: root.clone(), source })?;
         Ok(Self { root, tag, _lock: lock })
     }
 
@@ -105,6 +106,12 @@ fn lock_within(mut file: File, patience: Duration) -> nix::Result<Flock<File>> {
     }
 }
 
+/// What durable checkpoints stand on: the store itself, after a power failure. Costs nothing where it is on disk.
+fn sync_names(root: &Path) -> io::Result<()> {
+    sync_dir(root)?;
+    root.parent().map_or(Ok(()), sync_dir)
+}
+
 fn read_or_make_tag(root: &Path) -> io::Result<String> {
     let path = root.join("tag");
     match fs::read_to_string(&path) {
@@ -114,6 +121,8 @@ fn read_or_make_tag(root: &Path) -> io::Result<String> {
             let tag = random_hex(8)?;
             let staging = root.join(".tag");
             fs::write(&staging, &tag)?;
+            // Without it no later engine opens the store.
+            File::open(&staging)?.sync_all()?;
             fs::rename(&staging, &path)?;
             Ok(tag)
         }

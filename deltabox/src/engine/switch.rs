@@ -7,6 +7,8 @@
 //!           resume              resume   resume   back by the same way: plan, open, pivot, rebase; resume
 //! ```
 
+mod walks;
+
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -14,11 +16,13 @@ use std::time::{Duration, Instant};
 
 use libc::pid_t;
 
-use crate::deltacr::rebase::{Missing, Opened, Plan, RebaseError};
+use crate::deltacr::rebase::{Ahead, Missing, Opened, Plan, RebaseError};
 use crate::deltacr::stop::{Request, Stopped, Tracer, while_stopped};
 use crate::deltacr::{InjectError, StopError};
 use crate::latency::{Phase, Span};
 use crate::sandbox::root::{Namespace, Root};
+
+pub(super) use walks::{Standing, Walks};
 
 /// Where it takes place.
 #[derive(Clone, Copy, Debug)]
@@ -88,11 +92,14 @@ pub(super) enum SwitchError {
 
 /// Moves the sandbox to the root that `next` gives: a detached mount, or `None` if there is nothing to do. `next` runs
 /// while the programs stand still, and again if they have to be let go for a moment (a connection that waits to be
-/// accepted). Ends the phases from `Arm` to `Resume`; a repeated attempt counts its time from its own stop on.
+/// accepted). `ready` is that mount if it is there already. Ends the phases from `Arm` to `Resume`; a repeated attempt
+/// counts its time from its own stop on.
 pub(super) fn switch(
     tracer: &mut Tracer,
     ground: &Ground<'_>,
     purpose: Purpose,
+    mut walks: Walks<'_>,
+    ready: Option<OwnedFd>,
     mut next: impl FnMut() -> io::Result<Option<OwnedFd>> + Send,
     span: &mut Span,
 ) -> Result<Switched, SwitchError> {
@@ -102,6 +109,9 @@ pub(super) fn switch(
     };
     let namespace = Namespace::of(ground.init).map_err(failed("find the sandbox's mounts"))?;
     let from = Root::of(ground.init).map_err(failed("find the sandbox's root"))?;
+    if let Some(ready) = ready {
+        namespace.look_ahead(&Root::new(ready).map_err(failed("look at the next root"))?);
+    }
     let mut pause = FIRST_PAUSE;
     let before = *span;
     let done = loop {
@@ -109,10 +119,12 @@ pub(super) fn switch(
         // The last attempt too has time to stop them.
         let deadline = ground.deadline.max(Instant::now() + STOP_AT_LEAST);
         let request = Request { group: ground.group, excluded: &[ground.init], deadline };
+        let mut ahead = Ahead::open(ground.group, ground.init);
         let attempt = tracer.while_stopped(request, |stopped| {
             span.end_of_at(Phase::Arm, stopped.begun());
             span.end_of(Phase::Stop);
-            let moved = move_all(stopped, &namespace, &from, purpose, &mut next, span);
+            let what = Move { namespace: &namespace, from: &from, purpose, ahead: std::mem::take(&mut ahead) };
+            let moved = move_all(stopped, what, &mut walks, &mut next, span);
             stopped.resume();
             span.end_of(Phase::Resume);
             moved
@@ -122,6 +134,7 @@ pub(super) fn switch(
                 // For its programs to do what the refusal waits for; there is nothing to be woken by.
                 std::thread::sleep(pause);
                 pause = (pause * 2).min(LONGEST_PAUSE);
+                walks.wait();
             }
             other => break other?,
         }
@@ -152,12 +165,19 @@ struct Done {
     given: Option<(Opened, Root)>,
 }
 
+/// From where, in what mounts, to what end; and what was looked up before the stop.
+struct Move<'a> {
+    namespace: &'a Namespace,
+    from: &'a Root,
+    purpose: Purpose,
+    ahead: Ahead,
+}
+
 /// The part during which the programs stand still.
 fn move_all(
     stopped: &mut Stopped,
-    namespace: &Namespace,
-    from: &Root,
-    purpose: Purpose,
+    Move { namespace, from, purpose, ahead }: Move<'_>,
+    walks: &mut Walks<'_>,
     next: &mut impl FnMut() -> io::Result<Option<OwnedFd>>,
     clock: &mut Span,
 ) -> Result<Done, SwitchError> {
@@ -174,8 +194,15 @@ fn move_all(
         Purpose::Freeze => Missing::Copied,
         Purpose::Discard => Missing::Left,
     };
-    let plan = Plan::make(stopped, from, from)?;
+    let plan = Plan::make(stopped, from, from, ahead)?;
     clock.end_of(Phase::Plan);
+    if walks.are_in_the_way(stopped, plan.open_directories()) {
+        return Err(SwitchError::Refused {
+            why: "a program walks through directories".to_owned(),
+            hint: "try again when it has done that".to_owned(),
+            passing: true,
+        });
+    }
     let mut opened = plan.open(&to, missing)?;
     clock.end_of(Phase::Open);
     let n_descriptions = Some(opened.n_descriptions());
@@ -208,7 +235,7 @@ pub(super) fn finish(init: pid_t, group: &Path, purpose: Purpose, deadline: Inst
         Purpose::Discard => Missing::Copied,
     };
     while_stopped(request, |stopped| {
-        let mut opened = Plan::make(stopped, &root, &old)?.open(&root, missing)?;
+        let mut opened = Plan::make(stopped, &root, &old, Ahead::default())?.open(&root, missing)?;
         opened.commit(stopped, &namespace)?;
         drop(opened);
         // A layer that was discarded need not be sealed, and one that is frozen has no writers any more.
@@ -236,7 +263,7 @@ fn seal(namespace: &Namespace, from: &Root, purpose: Purpose) -> Result<(), Swit
 /// Back to the root that was left. What was copied stays with its holders.
 fn go_back(stopped: &mut Stopped, namespace: &Namespace, from: &Root, to: &Root, reason: SwitchError) -> SwitchError {
     let mut go = || -> Result<(), SwitchError> {
-        let mut opened = Plan::make(stopped, from, from)?.open(to, Missing::Left)?;
+        let mut opened = Plan::make(stopped, from, from, Ahead::default())?.open(to, Missing::Left)?;
         namespace.pivot(from, to).map_err(|source| SwitchError::Failed { what: "pivot back".to_owned(), source })?;
         opened.commit(stopped, namespace)?;
         namespace.detach(from).map_err(|source| SwitchError::Failed { what: "detach".to_owned(), source })

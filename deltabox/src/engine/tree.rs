@@ -197,6 +197,11 @@ impl Tree {
         !self.damaged.is_empty()
     }
 
+    /// Whether there are checkpoints that are to survive a power failure.
+    pub(super) fn is_durable(&self) -> bool {
+        self.iter().any(|one| one.durable)
+    }
+
     pub(super) fn iter(&self) -> impl Iterator<Item = &Checkpoint> {
         self.all.values()
     }

@@ -42,7 +42,7 @@ fn overlay(lowers: &[BorrowedFd<'_>], upper: Option<&Upper<'_>>) -> Result<Owned
         at(&if log.is_empty() { op.to_owned() } else { format!("{op} ({log})") })(error)
     };
     let options: [(&CStr, &CStr); 5] =
-        [(c"index", c"off"), (c"xino", c"off"), (c"metacopy", c"off"), (c"redirect_dir", c"on"), (c"uuid", c"null")];
+        [(c"index", c"off"), (c"xino", c"on"), (c"metacopy", c"off"), (c"redirect_dir", c"on"), (c"uuid", c"null")];
     for (key, value) in options {
         fsconfig_string(fs.as_fd(), key, value).map_err(|error| said(&format!("overlay option {key:?}"), error))?;
     }

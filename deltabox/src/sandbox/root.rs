@@ -28,7 +28,7 @@ use nix::sys::stat::Mode;
 use crate::kernel::cgroups::unescape;
 use crate::sys::mount::{self, attr};
 use crate::sys::reconfigure::drop_caches_of;
-use crate::sys::stat::stat;
+use crate::sys::stat::{Stat, stat};
 
 /// Where the old root waits: a directory that every sandbox's `/dev` has.
 pub const LANDING: &std::ffi::CStr = c"dev/.deltabox/old";
@@ -37,7 +37,7 @@ pub const LANDING: &std::ffi::CStr = c"dev/.deltabox/old";
 #[derive(Debug)]
 pub struct Root {
     dir: OwnedFd,
-    mount: u64,
+    look: Stat,
 }
 
 impl Root {
@@ -59,13 +59,24 @@ impl Root {
 
     /// Of a mount, attached or not.
     pub fn new(mount: OwnedFd) -> io::Result<Self> {
-        let id = stat(mount.as_fd())?.mount;
-        Ok(Self { dir: mount, mount: id })
+        let look = stat(mount.as_fd())?;
+        Ok(Self { dir: mount, look })
     }
 
     /// The number that fdinfo calls `mnt_id`.
     pub fn mount(&self) -> u64 {
-        self.mount
+        self.look.mount
+    }
+
+    /// The kernel's own number of its device, which maps and fdinfo show (MKDEV of include/linux/kdev_t.h).
+    pub fn dev(&self) -> u64 {
+        u64::from(self.look.dev.0) << 20 | u64::from(self.look.dev.1)
+    }
+
+    /// Whether something is this very directory, reached through this mount.
+    pub fn is(&self, other: &Stat) -> bool {
+        // Files of several layers may share a number, directories do not.
+        (other.mount, other.ino, other.kind()) == (self.look.mount, self.look.ino, libc::S_IFDIR)
     }
 
     /// Tears down what is cached of it and not in use. Programs whose text lies on it keep the rest; without this the
@@ -123,13 +134,23 @@ impl Namespace {
         let root = Root::of(pid)?;
         let open = |at: CString| {
             let mount = root.open(&at, OFlag::O_PATH)?;
-            let is_mount = stat(mount.as_fd())?.mount != root.mount;
+            let is_mount = stat(mount.as_fd())?.mount != root.look.mount;
             Ok(Submount { at, mount: is_mount.then_some(mount) })
         };
         let submounts = submounts.into_iter().map(open).collect::<io::Result<_>>()?;
         let inside = fs::File::open(format!("/proc/{pid}/ns/mnt"))?.into();
         let outside = fs::File::open("/proc/thread-self/ns/mnt")?.into();
         Ok(Self { inside, outside, submounts })
+    }
+
+    /// Looks up where the mounts on the root will sit in a next root, for [`Namespace::pivot`] not to: that takes
+    /// longer the deeper its stack is. Programs can neither remove nor change these directories, unlike all others, of
+    /// which an overlay must not know anything while one of its lower layers still changes.
+    pub fn look_ahead(&self, next: &Root) {
+        for Submount { at, .. } in &self.submounts {
+            // Whatever is wrong with it shows at the pivot.
+            let _ = next.open(at, OFlag::O_PATH);
+        }
     }
 
     /// Puts `to` in the place of `from`, which waits to be detached then. After an error all is as before.
@@ -180,7 +201,7 @@ impl Namespace {
             // setns goes up to the topmost mount.
             let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
             let top = Root::new(nix::fcntl::open(c"/", flags, Mode::empty())?)?;
-            if top.mount == root.mount {
+            if top.look.mount == root.look.mount {
                 return Ok(());
             }
             for Submount { at, .. } in &self.submounts {
@@ -208,7 +229,7 @@ impl Namespace {
 fn move_submount(from: &Root, to: &Root, at: &CString) -> io::Result<()> {
     let mount = from.open(at, OFlag::O_PATH)?;
     // Not a mount (any more): nothing to move.
-    if stat(mount.as_fd())?.mount == from.mount {
+    if stat(mount.as_fd())?.mount == from.look.mount {
         return Ok(());
     }
     mount::move_mount(mount.as_fd(), to.as_fd(), at)

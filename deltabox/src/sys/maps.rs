@@ -16,6 +16,8 @@ pub struct Mapped {
     pub protection: u64,
     /// Where in the file it begins, bytes.
     pub offset_bytes: u64,
+    /// The kernel's own number of the file's device (MKDEV of include/linux/kdev_t.h).
+    pub dev: u64,
 }
 
 /// `struct procmap_query` of include/uapi/linux/fs.h.
@@ -63,7 +65,8 @@ pub fn next_shared_file(maps: BorrowedFd<'_>, address: u64) -> io::Result<Option
     let bit = |flag, protection: i32| if query.found & flag == 0 { 0 } else { u64::from(protection.cast_unsigned()) };
     let protection =
         bit(READABLE, libc::PROT_READ) | bit(WRITABLE, libc::PROT_WRITE) | bit(EXECUTABLE, libc::PROT_EXEC);
-    Ok(Some(Mapped { start: query.start, end: query.end, protection, offset_bytes: query.offset }))
+    let dev = u64::from(query.dev_major) << 20 | u64::from(query.dev_minor);
+    Ok(Some(Mapped { start: query.start, end: query.end, protection, offset_bytes: query.offset, dev }))
 }
 
 #[cfg(test)]
@@ -81,12 +84,14 @@ mod tests {
         let at = unsafe { nix::sys::mman::mmap(None, length, read, flags, &file, 4096) }.unwrap().as_ptr() as u64;
         let maps = std::fs::File::open("/proc/self/maps").unwrap();
         let found = next_shared_file(maps.as_fd(), at).unwrap().expect("a mapping");
-        assert_eq!(found, Mapped { start: at, end: at + 4096, protection: 1, offset_bytes: 4096 });
+        assert_eq!(found, Mapped { start: at, end: at + 4096, protection: 1, offset_bytes: 4096, dev: found.dev });
         let text = std::fs::read_to_string("/proc/self/maps").unwrap();
         let mut next = 0;
         while let Some(mapped) = next_shared_file(maps.as_fd(), next).unwrap() {
             let line = text.lines().find(|line| line.starts_with(&format!("{:08x}-", mapped.start))).expect("a line");
             assert!(line.split(' ').nth(1).unwrap().ends_with('s'), "{line}");
+            let dev = format!("{:02x}:{:02x}", mapped.dev >> 20, mapped.dev & 0xf_ffff);
+            assert_eq!(line.split(' ').nth(3).unwrap(), dev, "{line}");
             next = mapped.end;
         }
     }

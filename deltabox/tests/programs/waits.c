@@ -2,11 +2,13 @@
 // waits MODE: reads one byte to begin, prints "ready", reads one byte as the event.
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <pthread.h>
+#include <pty.h>
 #include <semaphore.h>
 #include <signal.h>
 #include <stdio.h>
@@ -14,20 +16,26 @@
 #include <string.h>
 #include <stddef.h>
 #include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/msg.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
 #include <sys/select.h>
 #include <sys/sem.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
+#include <termios.h>
 #include <time.h>
 #include <unistd.h>
 
 static const char *mode;
 static pthread_t waiter;
-static int pair[2], listener, port, child_pid, semaphores;
+static int pair[2], listener, port, child_pid, semaphores, master, slave, counter, queue, file;
+static char path[] = "/tmp/deltabox-waits-XXXXXX";
 static volatile sig_atomic_t n_handled;
 static volatile int flag, over;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -60,6 +68,12 @@ static void event(void) {
     else if (is("semop")) semop(semaphores, &up, 1);
     else if (is("pause") || is("sigsuspend") || is("sigwait")) pthread_kill(waiter, SIGUSR1);
     else if (is("wait4")) kill(child_pid, SIGKILL);
+    else if (is("tty-raw")) { if (write(master, "x\n", 2) != 2) done(0, "write to the terminal"); }
+    else if (is("eventfd")) { if (eventfd_write(counter, 3)) done(0, "eventfd"); }
+    else if (is("msgrcv")) { long m[2] = {7, 0}; if (msgsnd(queue, m, 1, 0)) done(0, "msgsnd"); }
+    else if (is("flock") || is("fcntl")) close(file);  // of this descriptor table: that lets the lock go
+    else if (is("fifo")) { if (open(path, O_WRONLY) < 0) done(0, "open for writing"); }
+    else if (is("full")) { static char all[1 << 17]; if (read(pair[0], all, sizeof all) <= 0) done(0, "drain"); }
     else if (is("accept")) {
         struct sockaddr_in a = {.sin_family = AF_INET, .sin_port = port, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
         connect(socket(AF_INET, SOCK_STREAM, 0), (void *)&a, sizeof a);
@@ -193,6 +207,30 @@ int main(int n, char **args) {
         port = a.sin_port;
     }
     if (is("wait4") && (child_pid = fork()) == 0) for (;;) pause();
+    if (is("tty-raw")) {
+        struct termios t;
+        if (openpty(&master, &slave, NULL, NULL, NULL) || tcgetattr(slave, &t)) done(0, "openpty");
+        cfmakeraw(&t);
+        t.c_cc[VMIN] = 0;
+        t.c_cc[VTIME] = 250;
+        if (tcsetattr(slave, TCSANOW, &t)) done(0, "tcsetattr");
+    }
+    if (is("eventfd")) counter = eventfd(0, 0);
+    if (is("msgrcv")) queue = msgget(IPC_PRIVATE, 0600);
+    if (is("flock")) { file = mkstemp(path); if (flock(file, LOCK_EX)) done(0, "flock"); }
+    if (is("fcntl")) {
+        struct flock all = {.l_type = F_WRLCK};
+        file = mkstemp(path);
+        if (fcntl(file, F_OFD_SETLK, &all)) done(0, "lock");
+    }
+    if (is("fifo")) { close(mkstemp(path)); unlink(path); if (mkfifo(path, 0600)) done(0, "mkfifo"); }
+    if (is("full")) {
+        if (pipe(pair)) done(0, "pipe");
+        fcntl(pair[1], F_SETFL, O_NONBLOCK);
+        while (write(pair[1], path, sizeof path) > 0) {}
+        while (write(pair[1], path, 1) > 0) {}
+        fcntl(pair[1], F_SETFL, 0);
+    }
     pthread_create(&thread, NULL, listen_for_event, NULL);
     while (!flag) {}
     if (is("filtered")) deny_mmap();  // of this thread only: the other needed a stack
@@ -216,6 +254,17 @@ int main(int n, char **args) {
     if (is("sigsuspend")) { sigset_t none; sigemptyset(&none); sigsuspend(&none); done(n_handled == 1, "sigsuspend"); }
     if (is("sigwait")) { siginfo_t info; done(sigwaitinfo(&set, &info) == SIGUSR1, "sigwaitinfo"); }
     if (is("accept")) done(accept(listener, NULL, NULL) >= 0, "accept");
+    if (is("tty-raw")) done(read(slave, &byte, 1) == 1 && byte == 'x', "read of a terminal");
+    if (is("eventfd")) { eventfd_t v; done(eventfd_read(counter, &v) == 0 && v == 3, "eventfd"); }
+    if (is("msgrcv")) { long m[2]; int r = msgrcv(queue, m, 8, 7, 0); msgctl(queue, IPC_RMID, NULL); done(r == 1, "msgrcv"); }
+    if (is("flock") || is("fcntl")) {
+        struct flock all = {.l_type = F_WRLCK};
+        int other = open(path, O_RDWR);
+        unlink(path);
+        done((is("flock") ? flock(other, LOCK_EX) : fcntl(other, F_OFD_SETLKW, &all)) == 0, "wait for a lock");
+    }
+    if (is("fifo")) { int r = open(path, O_RDONLY); unlink(path); done(r >= 0, "open of a FIFO"); }
+    if (is("full")) done(write(pair[1], "x", 1) == 1, "write to a full pipe");
     if (is("wait4")) done(waitpid(child_pid, &status, 0) == child_pid, "wait4");
     if (is("nanosleep")) done(nanosleep(&nap, NULL) == 0 && !before(now(), until), "nanosleep");
     if (is("clock")) done(clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL) == 0 && !before(now(), until), "clock_nanosleep");

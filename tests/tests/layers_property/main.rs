@@ -1,6 +1,7 @@
 //! Random file operations, checkpoints, rollbacks and deaths of the engine, against a tree in memory.
 //!
-//! A failure prints its seed: `DELTABOX_SEED=N` repeats it. `DELTABOX_CASES=N` sets how many cases (default 8; 100 in soak).
+//! A failure prints its seed: `cargo xtask test --seed N --cases 1` repeats it. `--cases N` sets how many (default 8; 100 in
+//! soak).
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test: a broken assumption ends it")]
 
@@ -402,7 +403,7 @@ fn files_are_at_every_checkpoint_what_they_were() {
     let random = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().subsec_nanos();
     let seed = number("DELTABOX_SEED").unwrap_or_else(|| random.into());
     let n_cases = number("DELTABOX_CASES").unwrap_or(count(8, 100) as u64);
-    println!("DELTABOX_SEED={seed} DELTABOX_CASES={n_cases}");
+    println!("--seed {seed} --cases {n_cases}");
     for case in 0..n_cases {
         let mut bytes = [0; 32];
         bytes[..8].copy_from_slice(&(seed + case).to_le_bytes());
@@ -422,7 +423,7 @@ fn files_are_at_every_checkpoint_what_they_were() {
             })
         };
         if let Err(error) = runner.run(&prop::collection::vec(op(), 90), run) {
-            panic!("DELTABOX_SEED={} DELTABOX_CASES=1: {error}", seed + case);
+            panic!("--seed {} --cases 1: {error}", seed + case);
         }
     }
 }

@@ -1,30 +1,32 @@
 //! What of the stopped processes lies on the old mount.
 
 use std::cmp::Ordering;
-use std::collections::BTreeMap;
-use std::ffi::CString;
-use std::fs::{self, File};
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{CStr, CString};
+use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use libc::pid_t;
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
+use nix::fcntl::{OFlag, readlinkat};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 use super::fdinfo::{FdInfo, Lock, Owner, Target};
-use super::table::{Link, Table};
+use super::table::{Ahead, Link, Table};
 use super::watcher::Watcher;
-use super::{Description, Holding, Kind, Mapping, Place, Plan, RebaseError, RebaseRefusal, Seat, listener};
+use super::{
+    Description, Holding, Kind, Mapping, OpenDirectory, Place, Plan, RebaseError, RebaseRefusal, Seat, listener,
+};
 use crate::deltacr::stop::{Process, Stopped};
 use crate::deltacr::tasks::{read_stat, scan_threads};
 use crate::sandbox::root::{LANDING, Root};
 use crate::sys::maps::next_shared_file;
 use crate::sys::process::{Compared, compare};
-use crate::sys::stat::{Stat, stat, stat_path};
+use crate::sys::stat::{Stat, stat, stat_at};
 use crate::sys::unix::name_of;
 
 /// What d_path puts behind the name of a file that has none any more.
@@ -35,14 +37,9 @@ impl Plan {
     ///
     /// # Errors
     /// Nothing has been changed.
-    pub fn make(stopped: &Stopped, root: &Root, from: &Root) -> Result<Self, RebaseError> {
-        let failed = |source| RebaseError::Process { op: "find the root", pid: 0, source };
-        let look = stat(from.as_fd()).map_err(failed)?;
-        let root_look = stat(root.as_fd()).map_err(failed)?;
-        // The kernel's own MKDEV (include/linux/kdev_t.h).
-        let dev = u64::from(look.dev.0) << 20 | u64::from(look.dev.1);
+    pub fn make(stopped: &Stopped, root: &Root, from: &Root, ahead: Ahead) -> Result<Self, RebaseError> {
         let (tables, known, descriptions) = Default::default();
-        let mut finder = Finder { root: root_look, from, tables, known, descriptions, dev };
+        let mut finder = Finder { root, from, ahead, tables, known, descriptions };
         let mut seats = Vec::new();
         for process in stopped.processes() {
             let seat = match finder.seat(process) {
@@ -55,6 +52,22 @@ impl Plan {
             }
         }
         Ok(Self { seats, descriptions: finder.descriptions })
+    }
+
+    /// Directories that processes have open for reading. Who walks through them compares devices and inode numbers on
+    /// the way (fts of `find`, `rm`, `du`; Python's `rmtree`), and those change with the mount.
+    pub fn open_directories(&self) -> BTreeSet<OpenDirectory> {
+        let mut found = BTreeSet::new();
+        for seat in &self.seats {
+            for holding in &seat.holdings {
+                let Description { kind, info, place, .. } = &self.descriptions[holding.description];
+                let is_path_only = info.flags & libc::O_PATH != 0;
+                if matches!(kind, Kind::File) && !is_path_only && place.stat.kind() == libc::S_IFDIR {
+                    found.insert(OpenDirectory { pid: seat.pid, number: holding.number, path: place.path.clone() });
+                }
+            }
+        }
+        found
     }
 
     /// How many open file descriptions are to be moved.
@@ -75,15 +88,14 @@ struct Held {
 type Found = (pid_t, i32, usize);
 
 struct Finder<'a> {
-    root: Stat,
+    root: &'a Root,
     from: &'a Root,
+    ahead: Ahead,
     /// A task of each descriptor table seen, in kcmp's order.
     tables: Vec<pid_t>,
     /// Descriptions that look alike, in kcmp's order: only those have to be compared.
     known: BTreeMap<(u64, i32, i64), Vec<Found>>,
     descriptions: Vec<Description>,
-    /// Device of the old root, as fdinfo shows it.
-    dev: u64,
 }
 
 impl Finder<'_> {
@@ -98,30 +110,27 @@ impl Finder<'_> {
                 }
             }
         }
-        self.check_root(pid, tid)?;
-        let cwd = self.place(&format!("/proc/{pid}/task/{tid}/cwd")).map_err(failed("find the working directory"))?;
+        let (mut table, numbers) = self.ahead.take(pid, tid).map_err(failed("open the descriptors"))?;
+        self.check_root(pid, &table)?;
+        let cwd = self.place(table.task(), c"cwd").map_err(failed("find the working directory"))?;
         // pivot_root itself moves those that are the root. One that was removed is as good on the old mount.
-        let moves = |place: &Place| place.path.as_bytes() != b"/" && !place.unlinked;
+        let moves = |place: &Place| !self.from.is(&place.stat) && !place.unlinked;
         let cwd = cwd.filter(moves).map(|place| (place, None));
-        let mut table = Table::open(pid, tid).map_err(failed("open the descriptors"))?;
-        let numbers = table.numbers().map_err(failed("list the descriptors"))?;
         let mut held = Held::default();
         if self.is_new_table(tid).map_err(failed("compare the descriptors"))? {
             for number in &numbers {
                 self.look_at(&mut held, (pid, tid, *number), &mut table, cwd.as_ref().map(|(place, _)| place))?;
             }
         }
-        let mappings = self.mappings(pid, tid).map_err(failed("find the mappings"))?;
+        let mappings = self.mappings(tid, &table).map_err(failed("find the mappings"))?;
         let Held { holdings, locks, epolls } = held;
-        Ok(Seat { pid, tid, task: table.into_task(), holdings, numbers, locks, epolls, cwd, mappings })
+        Ok(Seat { pid, tid, table, holdings, numbers, locks, epolls, cwd, mappings })
     }
 
-    fn check_root(&self, pid: pid_t, tid: pid_t) -> Result<(), RebaseError> {
+    fn check_root(&self, pid: pid_t, table: &Table) -> Result<(), RebaseError> {
         let failed = |source| RebaseError::Process { op: "find the root", pid, source };
-        let path = CString::new(format!("/proc/{pid}/task/{tid}/root")).map_err(|error| failed(error.into()))?;
-        let own = stat_path(&path).map_err(failed)?;
-        let is_root = (own.mount, own.ino) == (self.root.mount, self.root.ino);
-        if is_root { Ok(()) } else { Err(RebaseRefusal::Root { pid }.into()) }
+        let own = stat_at(table.task(), c"root").map_err(failed)?;
+        if self.root.is(&own) { Ok(()) } else { Err(RebaseRefusal::Root { pid }.into()) }
     }
 
     /// Whether no process before has this task's descriptor table.
@@ -202,8 +211,11 @@ impl Finder<'_> {
             let Some(name) = name_of(old.as_fd()).map_err(failed("find the name of a socket"))? else {
                 return Ok(None);
             };
-            let link = format!("/proc/thread-self/fd/{}", name.as_raw_fd());
-            let Some(place) = self.place(&link).map_err(failed("find the name of a socket"))? else { return Ok(None) };
+            let link = CString::new(format!("/proc/thread-self/fd/{}", name.as_raw_fd()))
+                .map_err(|error| failed("find the name of a socket")(error.into()))?;
+            let Some(place) = self.place(name.as_fd(), &link).map_err(failed("find the name of a socket"))? else {
+                return Ok(None);
+            };
             let Some(listener) = listener::look(&old, &place, pid, number)? else { return Ok(None) };
             (place, Kind::Listener(listener))
         } else {
@@ -222,16 +234,19 @@ impl Finder<'_> {
     }
 
     fn watches_old_files(&self, info: &FdInfo) -> bool {
-        info.watches.iter().any(|watch| watch.dev == self.dev)
+        info.watches.iter().any(|watch| watch.dev == self.from.dev())
     }
 
-    /// Where a magic link leads, if that is on the old mount.
-    fn place(&self, link: &str) -> io::Result<Option<Place>> {
-        let stat = stat_path(&CString::new(link)?)?;
+    /// Where a magic link (absolute, or in `dir`) leads, if that is on the old mount.
+    fn place(&self, dir: BorrowedFd<'_>, link: &CStr) -> io::Result<Option<Place>> {
+        let stat = stat_at(dir, link)?;
         if stat.mount != self.from.mount() {
             return Ok(None);
         }
-        let path = fs::read_link(link)?.into_os_string().into_vec();
+        if self.from.is(&stat) {
+            return Ok(Some(Place { path: c"/".into(), stat, unlinked: false }));
+        }
+        let path = readlinkat(dir, link)?.into_vec();
         self.named(stat, path).map(Some)
     }
 
@@ -256,14 +271,19 @@ impl Finder<'_> {
         found.is_ok_and(|found| stat(found.as_fd()).is_ok_and(|there| there.identity() == known.identity()))
     }
 
-    fn mappings(&self, pid: pid_t, tid: pid_t) -> io::Result<Vec<Mapping>> {
+    fn mappings(&self, tid: pid_t, table: &Table) -> io::Result<Vec<Mapping>> {
         let mut mappings = Vec::new();
-        let maps = File::open(format!("/proc/{pid}/task/{tid}/maps"))?;
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        let maps = nix::fcntl::openat(table.task(), c"maps", flags, nix::sys::stat::Mode::empty())?;
         let mut address = 0;
         while let Some(found) = next_shared_file(maps.as_fd(), address)? {
             address = found.end;
+            // A look at where each of them leads takes longer than all of this.
+            if found.dev != self.from.dev() {
+                continue;
+            }
             let link = format!("/proc/{tid}/map_files/{:x}-{:x}", found.start, found.end);
-            let Some(place) = self.place(&link)? else { continue };
+            let Some(place) = self.place(table.task(), &CString::new(link.as_str())?)? else { continue };
             let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
             let old = nix::fcntl::open(link.as_str(), flags, nix::sys::stat::Mode::empty())?;
             mappings.push(Mapping {

@@ -48,7 +48,7 @@ impl Opened {
     /// # Errors
     /// Processes up to some have what is new, the others have not.
     pub fn commit(&mut self, stopped: &mut Stopped, namespace: &Namespace) -> Result<(), RebaseError> {
-        let Plan { seats, descriptions } = &mut self.0;
+        let Self { plan: Plan { seats, descriptions }, tables } = self;
         for seat in seats.iter() {
             if !needs_work(seat, descriptions) {
                 continue;
@@ -65,7 +65,7 @@ impl Opened {
             }
         }
         // Closed before events are taken out: closing makes some.
-        seats.clear();
+        tables.extend(seats.drain(..).map(|seat| seat.table));
         for description in descriptions {
             description.old = None;
             if let (Kind::Watcher(watcher), Some(instance)) = (&mut description.kind, &description.new) {
@@ -78,7 +78,7 @@ impl Opened {
 
     /// Open file descriptions, of all processes together.
     pub fn n_descriptions(&self) -> usize {
-        self.0.descriptions.len()
+        self.plan.descriptions.len()
     }
 }
 
@@ -155,12 +155,12 @@ impl<'a> Session<'a> {
         let mut hand = stopped.hand(pid)?;
         let scratch = hand.scratch().start;
         let kind = unsigned(libc::SOCK_DGRAM | libc::SOCK_CLOEXEC);
-        let made = hand.run(&[call(libc::SYS_socketpair, &[unsigned(libc::AF_UNIX), kind, 0, scratch + PAIR])])?;
-        check(pid, "socketpair", made[0])?;
+        let make = call(libc::SYS_socketpair, &[unsigned(libc::AF_UNIX), kind, 0, scratch + PAIR]);
         let mut bytes = [0; 8];
-        hand.read(scratch + PAIR, &mut bytes)?;
+        let made = hand.run_with(&[make], (scratch, &[]), (scratch + PAIR, &mut bytes))?;
+        check(pid, "socketpair", made[0])?;
         let pair = [0, 4].map(|at| bytes[at..at + 4].try_into().map_or(-1, i32::from_ne_bytes));
-        let task = seat.task.as_fd();
+        let task = seat.table.pidfd();
         let socket = pidfd_getfd(task, pair[1]).map_err(failed("copy a descriptor"))?;
         let free = free.into_iter().filter(|number| !pair.contains(number)).collect();
         Ok(Self { hand, pid, pair, paired: true, socket, task, free })
@@ -225,13 +225,14 @@ impl<'a> Session<'a> {
         let mut chunks = gifts.chunks(self.free.len().min(N_PER_MESSAGE)).peekable();
         while let Some(some) = chunks.next() {
             let mut batch = Batch::default();
-            self.receive(some, &mut batch)?;
+            let header = self.receive(some, &mut batch)?;
             if chunks.peek().is_none() {
                 self.close_pair(&mut batch);
                 *rest = self.add_last(rest, &mut batch)?;
             }
-            self.run(&batch)?;
-            self.check_received(some.len())?;
+            let mut control = vec![0; control_bytes(some.len())];
+            self.run(&batch, &header, &mut control)?;
+            self.check_received(&control, some.len())?;
         }
         Ok(())
     }
@@ -241,13 +242,13 @@ impl<'a> Session<'a> {
             let mut batch = Batch::default();
             self.close_pair(&mut batch);
             rest = self.add_last(rest, &mut batch)?;
-            self.run(&batch)?;
+            self.run(&batch, &[], &mut [])?;
         }
         Ok(())
     }
 
-    /// Sends files, and adds the calls that receive them and put them to their use.
-    fn receive(&mut self, gifts: &[Gift<'_>], batch: &mut Batch) -> Result<(), RebaseError> {
+    /// Sends files, and adds the calls that receive them and put them to their use; the message's header.
+    fn receive(&mut self, gifts: &[Gift<'_>], batch: &mut Batch) -> Result<Vec<u8>, RebaseError> {
         let pid = self.pid;
         let files: Vec<_> = gifts.iter().map(|gift| gift.file).collect();
         send_with_fds(self.socket.as_fd(), &[0], &files).map_err(|source| RebaseError::Process {
@@ -258,7 +259,6 @@ impl<'a> Session<'a> {
         let scratch = self.hand.scratch().start;
         let room_bytes = control_bytes(gifts.len()).next_multiple_of(8) as u64;
         let header = [0, 0, scratch + VECTOR, 1, scratch + CONTROL, room_bytes, 0, 0, scratch + BYTE, 1];
-        self.hand.write(scratch + HEADER, &words(&header))?;
         let flags = unsigned(libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT);
         batch.add("recvmsg", call(libc::SYS_recvmsg, &[number(self.pair[0]), scratch + HEADER, flags]));
         for (gift, received) in gifts.iter().zip(&self.free) {
@@ -268,13 +268,11 @@ impl<'a> Session<'a> {
         for (first, last) in runs(&self.free[..gifts.len()]) {
             batch.add("close_range", call(libc::SYS_close_range, &[number(first), number(last), 0]));
         }
-        Ok(())
+        Ok(words(&header))
     }
 
     /// Numbers that are not those foreseen would have shown as EBADF, or show here.
-    fn check_received(&self, n: usize) -> Result<(), RebaseError> {
-        let mut control = vec![0; control_bytes(n)];
-        self.hand.read(self.hand.scratch().start + CONTROL, &mut control)?;
+    fn check_received(&self, control: &[u8], n: usize) -> Result<(), RebaseError> {
         let received = control[16..].chunks_exact(4).map(|four| four.try_into().map_or(-1, i32::from_ne_bytes));
         if received.eq(self.free[..n].iter().copied()) {
             Ok(())
@@ -312,9 +310,10 @@ impl<'a> Session<'a> {
         Ok(&last[n..])
     }
 
-    /// Makes the calls and looks at what came of them.
-    fn run(&mut self, batch: &Batch) -> Result<(), RebaseError> {
-        let results = self.hand.run(&batch.calls)?;
+    /// Makes the calls with a message's header and room for its control data, and looks at what came of them.
+    fn run(&mut self, batch: &Batch, header: &[u8], control: &mut [u8]) -> Result<(), RebaseError> {
+        let scratch = self.hand.scratch().start;
+        let results = self.hand.run_with(&batch.calls, (scratch + HEADER, header), (scratch + CONTROL, control))?;
         // That of the directory last: whoever mends it must know that all others are right.
         let (directory, others): (Vec<_>, Vec<_>) =
             results.iter().zip(&batch.names).partition(|(_, name)| **name == FCHDIR);

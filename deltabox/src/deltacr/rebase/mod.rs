@@ -1,6 +1,7 @@
 //! Stopped processes from one root to another: descriptors, working directories, mappings, locks.
 //!
 //! ```text
+//!  Ahead::open   while they run still: what can be opened of them
 //!  Plan::make    what of each process lies on the old mount; each open file description once
 //!  Plan::open    the same on the next root: opened by the engine, which no file's permissions stop
 //!  (pivot)
@@ -31,10 +32,12 @@ use libc::pid_t;
 
 pub use error::{RebaseError, RebaseRefusal};
 pub use open::Opened;
+pub use table::Ahead;
 
 use crate::sys::stat::Stat;
 use fdinfo::{FdInfo, Lock, Target};
 use listener::Listener;
+use table::Table;
 use watcher::Watcher;
 
 /// What is to become of a file that the next root does not have under its name.
@@ -62,8 +65,8 @@ struct Seat {
     pid: pid_t,
     /// Its first thread.
     tid: pid_t,
-    /// The same as a pidfd.
-    task: OwnedFd,
+    /// The same in `/proc`, and as a pidfd.
+    table: Table,
     /// Descriptors to be replaced, unless another seat shares the table.
     holdings: Vec<Holding>,
     /// All descriptor numbers in use, sorted.
@@ -75,6 +78,22 @@ struct Seat {
     /// Its working directory, if that has to be changed.
     cwd: Option<(Place, Option<OwnedFd>)>,
     mappings: Vec<Mapping>,
+}
+
+/// A directory that a process has open for reading.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct OpenDirectory {
+    pid: pid_t,
+    /// The descriptor's.
+    number: i32,
+    path: CString,
+}
+
+impl OpenDirectory {
+    /// Host PID of the process.
+    pub fn pid(&self) -> pid_t {
+        self.pid
+    }
 }
 
 /// A descriptor.

@@ -11,6 +11,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, Whence, lseek, unlinkat};
 
 use super::fdinfo::{Lock, Owner};
+use super::table::Table;
 use super::unlinked::Copies;
 use super::{Description, Kind, Missing, Place, Plan, RebaseError, fifo, position};
 use crate::sandbox::root::Root;
@@ -22,7 +23,11 @@ const OPENING: i32 = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_NOCT
 
 /// A plan whose files are open on the next root: what [`Opened::commit`] gives the processes.
 #[derive(Debug)]
-pub struct Opened(pub(super) Plan);
+pub struct Opened {
+    pub(super) plan: Plan,
+    /// Of the processes that have been served, to be closed when there is time.
+    pub(super) tables: Vec<Table>,
+}
 
 impl Plan {
     /// Opens everything on `to`, which may be attached nowhere yet.
@@ -63,7 +68,8 @@ impl Plan {
                 mapping.new = opener.file(&mapping.place, mapping.old.as_fd(), flags)?;
             }
         }
-        Ok(Opened(self))
+        let tables = Vec::with_capacity(self.seats.len());
+        Ok(Opened { plan: self, tables })
     }
 }
 

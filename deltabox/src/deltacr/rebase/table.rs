@@ -1,24 +1,34 @@
 //! A stopped task's descriptor table, read in as few calls as the kernel allows: it is read while programs stand still.
 
+use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
 
 use libc::pid_t;
-use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat, readlinkat};
 use nix::sys::stat::Mode;
 
 use super::fdinfo::FdInfo;
+use crate::deltacr::tasks::Lists;
+use crate::sys::fs::read_entries;
 use crate::sys::process::{pidfd_getfd, pidfd_open_thread};
 
-/// Open directories of `/proc/PID/task/TID`.
+/// Of fdinfo, and of a directory's entries (chosen: 60 of those, and all of the former but long lists).
+const TEXT_BYTES: usize = 2048;
+/// Processes of which something is opened ahead (chosen: four descriptors each; a thousand is a usual limit).
+const MAX_AHEAD: usize = 64;
+
+/// A task's part of `/proc`, open.
 #[derive(Debug)]
 pub(super) struct Table {
-    links: Dir,
-    infos: OwnedFd,
+    tid: pid_t,
     task: OwnedFd,
+    links: OwnedFd,
+    infos: OwnedFd,
+    pidfd: OwnedFd,
     /// Of fdinfo; grows.
     text: Vec<u8>,
 }
@@ -41,23 +51,39 @@ const PLAIN: [&[u8]; 5] =
     [b"pipe:[", b"anon_inode:[eventfd]", b"anon_inode:[timerfd]", b"anon_inode:[signalfd]", b"anon_inode:[pidfd]"];
 
 impl Table {
-    pub(super) fn open(pid: pid_t, tid: pid_t) -> io::Result<Self> {
-        let path = |name: &str| format!("/proc/{pid}/task/{tid}/{name}");
-        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        Ok(Self {
-            links: Dir::open(path("fd").as_str(), flags, Mode::empty())?,
-            infos: nix::fcntl::open(path("fdinfo").as_str(), flags, Mode::empty())?,
-            task: pidfd_open_thread(tid)?,
-            text: vec![0; 1024],
-        })
+    fn open(pid: pid_t, tid: pid_t) -> io::Result<Self> {
+        let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let task = nix::fcntl::open(format!("/proc/{pid}/task/{tid}").as_str(), flags | OFlag::O_PATH, Mode::empty())?;
+        let open = |name: &CStr| openat(&task, name, flags, Mode::empty());
+        let (links, infos) = (open(c"fd")?, open(c"fdinfo")?);
+        Ok(Self { tid, task, links, infos, pidfd: pidfd_open_thread(tid)?, text: vec![0; TEXT_BYTES] })
     }
 
-    /// The numbers in use, sorted.
-    pub(super) fn numbers(&mut self) -> io::Result<Vec<i32>> {
+    /// The task's directory.
+    pub(super) fn task(&self) -> BorrowedFd<'_> {
+        self.task.as_fd()
+    }
+
+    /// The pidfd of the task.
+    pub(super) fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// The numbers in use, sorted. ENOENT if the task is gone.
+    fn numbers(&mut self) -> io::Result<Vec<i32>> {
         let mut numbers = Vec::new();
-        for entry in self.links.iter() {
-            numbers.extend(entry?.file_name().to_str().ok().and_then(|name| name.parse::<i32>().ok()));
-        }
+        let mut entries = std::mem::take(&mut self.text);
+        entries.resize(entries.len().max(TEXT_BYTES), 0);
+        let read = loop {
+            match read_entries(self.links.as_fd(), &mut entries) {
+                Ok(0) => break Ok(()),
+                Ok(n) => numbers
+                    .extend(names(&entries[..n]).filter_map(|name| str::from_utf8(name).ok()?.parse::<i32>().ok())),
+                Err(error) => break Err(error),
+            }
+        };
+        self.text = entries;
+        read?;
         numbers.sort_unstable();
         Ok(numbers)
     }
@@ -94,11 +120,78 @@ impl Table {
 
     /// A copy of the description.
     pub(super) fn copy(&self, number: i32) -> io::Result<OwnedFd> {
-        pidfd_getfd(self.task.as_fd(), number)
+        pidfd_getfd(self.pidfd.as_fd(), number)
+    }
+}
+
+/// What can be opened of processes before they are stopped: none of it tells anything of them until it is read.
+#[derive(Debug, Default)]
+pub struct Ahead(Vec<Table>);
+
+impl Ahead {
+    /// Opens it for the processes of a group, up to a bound. What has ended by then, or cannot be opened, is left out.
+    pub fn open(group: &Path, excluded: pid_t) -> Self {
+        let pids = Lists::open(group).and_then(|lists| lists.processes()).unwrap_or_default();
+        let pids = pids.into_iter().filter(|pid| *pid != excluded).take(MAX_AHEAD);
+        Self(pids.filter_map(|pid| Table::open(pid, pid).ok()).collect())
     }
 
-    /// The pidfd of the task.
-    pub(super) fn into_task(self) -> OwnedFd {
-        self.task
+    /// The table of a stopped task, and the numbers in use.
+    pub(super) fn take(&mut self, pid: pid_t, tid: pid_t) -> io::Result<(Table, Vec<i32>)> {
+        if let Some(at) = self.0.iter().position(|table| table.tid == tid) {
+            let mut table = self.0.swap_remove(at);
+            // Not that of another task which has got the number since: one that is gone cannot be read.
+            if let Ok(numbers) = table.numbers() {
+                return Ok((table, numbers));
+            }
+        }
+        let mut table = Table::open(pid, tid)?;
+        let numbers = table.numbers()?;
+        Ok((table, numbers))
+    }
+}
+
+/// The names of directory entries (`struct linux_dirent64`).
+fn names(mut entries: &[u8]) -> impl Iterator<Item = &[u8]> {
+    std::iter::from_fn(move || {
+        let len = usize::from(u16::from_ne_bytes(entries.get(16..18)?.try_into().ok()?));
+        let name = entries.get(19..len)?;
+        entries = &entries[len..];
+        Some(&name[..name.iter().position(|byte| *byte == 0)?])
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsRawFd;
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn what_was_opened_ahead_of_a_task_that_is_gone_is_not_taken_for_another_one() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let gone = i32::try_from(child.id()).unwrap();
+        let mut table = Table::open(gone, gone).unwrap();
+        assert!(table.numbers().unwrap().starts_with(&[0, 1, 2]));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(table.numbers().is_err());
+        // As if this thread had got its number.
+        let (pid, tid) = (nix::unistd::getpid().as_raw(), nix::unistd::gettid().as_raw());
+        let mut ahead = Ahead(vec![Table { tid, ..table }]);
+        let file = File::open("/dev/null").unwrap();
+        let (table, numbers) = ahead.take(pid, tid).unwrap();
+        assert!(numbers.contains(&file.as_raw_fd()) && ahead.0.is_empty());
+        assert!(matches!(table.link(file.as_raw_fd()).unwrap(), Link::Path(path) if path == b"/dev/null"));
+    }
+
+    #[test]
+    fn a_long_list_of_descriptors_is_read_whole_and_in_order() {
+        let files: Vec<_> = (0..300).map(|_| File::open("/dev/null").unwrap()).collect();
+        let (pid, tid) = (nix::unistd::getpid().as_raw(), nix::unistd::gettid().as_raw());
+        let numbers = Table::open(pid, tid).unwrap().numbers().unwrap();
+        assert!(numbers.is_sorted() && files.iter().all(|file| numbers.binary_search(&file.as_raw_fd()).is_ok()));
     }
 }

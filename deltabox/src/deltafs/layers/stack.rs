@@ -171,6 +171,8 @@ impl Layers {
         let mut first = None;
         for id in among {
             let known = lock(&self.index).whole.get(&id).copied();
+            // A merged one can be done without: it had better be there.
+            let known = known.filter(|step| step.n_layers == 1 || self.upper(id).is_dir());
             match known.map_or_else(|| self.look(name, id), Ok) {
                 Ok(step) if fits(&step) => return Ok(step),
                 Ok(_) => {}
@@ -182,11 +184,12 @@ impl Layers {
 
     /// Looks at a directory on disk.
     fn look(&self, name: LayerId, id: LayerId) -> Result<Step, StackError> {
+        self.read(name, id).inspect_err(|_| _ = lock(&self.index).whole.remove(&id))
+    }
+
+    fn read(&self, name: LayerId, id: LayerId) -> Result<Step, StackError> {
         let failed = |source| StackError { id, source };
         let record = Record::load(&self.path(id)).map_err(failed)?;
-        if !self.upper(id).is_dir() {
-            return Err(failed(io::ErrorKind::NotFound.into()));
-        }
         // Layers are made above older ones; anything else is damage that would never end.
         if record.id != id || record.name() != name || name > id || record.parent.is_some_and(|parent| parent >= name) {
             return Err(failed(io::Error::new(io::ErrorKind::InvalidData, "its layer.json is another's")));
@@ -194,7 +197,8 @@ impl Layers {
         let n_layers = record.merged.map_or(1, |merged| merged.n_layers);
         let step = Step { name, id, parent: record.parent, n_layers, depth: record.depth };
         lock(&self.index).whole.insert(id, step);
-        Ok(step)
+        // Last: one that is being removed is never known for longer than its removal takes.
+        if self.upper(id).is_dir() { Ok(step) } else { Err(failed(io::ErrorKind::NotFound.into())) }
     }
 }
 

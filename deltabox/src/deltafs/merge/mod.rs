@@ -60,6 +60,9 @@ pub enum MergeError {
         /// The directory.
         path: PathBuf,
     },
+    /// It was not begun: there is too little room for now.
+    #[error("copies could take more than half of what is free")]
+    NoRoom,
     /// Nobody wants it any more.
     #[error("cancelled")]
     Cancelled,

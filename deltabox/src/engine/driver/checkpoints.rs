@@ -21,7 +21,7 @@ use crate::engine::api::{CheckpointReport, CheckpointRequest, PhaseTime, Rollbac
 use crate::engine::footing::Footing;
 use crate::engine::manifest::Manifest;
 use crate::engine::store::SandboxDir;
-use crate::engine::switch::{Ground, OldRoot, Purpose, SwitchError, Switched, switch};
+use crate::engine::switch::{Ground, OldRoot, Purpose, SwitchError, Switched, Walks, switch};
 use crate::engine::tree::{Checkpoint, CheckpointId, Measured};
 use crate::engine::{Engine, Error, unix_ms};
 use crate::latency::{Phase, Span};
@@ -60,15 +60,20 @@ impl Driver {
             true => self.engine.0.layers.known_stack(top).map_err(Error::Layer)?,
             false => self.stack_with_room(|layers| layers.known_stack(top))?,
         };
+        let durable = self.tree.is_durable();
         let Self { engine, dir, manifest, live, footing, .. } = self;
         let (Some(live), Some(footing)) = (live.as_ref(), footing.as_ref()) else { return Err(Error::ShuttingDown) };
         let id = CheckpointId(manifest.next_checkpoint);
-        let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: id };
+        let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: id, durable };
         let (mut armed, mut frozen_look) = (None, None);
         if !unchanged {
             armed = Some(arm.arm(live.root_look().map_err(io_error("look at the root of", dir))?)?);
         }
-        let ground = Ground { init, group: &group, deadline: Instant::now() + DEADLINE };
+        let end = Instant::now() + Duration::from_millis(request.patience_ms.into());
+        let walks = Walks::new(end, &mut self.standing);
+        let ground = Ground { init, group: &group, deadline: end + DEADLINE };
+        let ready = armed.as_ref().map(|next| next.mount.try_clone()).transpose();
+        let ready = ready.map_err(io_error("mount the next root of", dir))?;
         let next = || {
             // What had changed before the stop is not looked at again.
             if armed.is_none() && live.is_unchanged()? {
@@ -86,7 +91,7 @@ impl Driver {
             frozen_look = Some(look);
             next.mount.try_clone().map(Some)
         };
-        let switched = switch(&mut self.tracer, &ground, Purpose::Freeze, next, span);
+        let switched = switch(&mut self.tracer, &ground, Purpose::Freeze, walks, ready, next, span);
         let switched = self.after_switch(switched, armed.map(|armed| armed.layer), "checkpoint")?;
         let (frozen, measured, old) = measured_of(switched);
         let Some(live) = self.live.as_mut() else { return Err(Error::ShuttingDown) };
@@ -155,12 +160,17 @@ impl Driver {
         self.load_ground()?;
         let discarded = self.manifest.live;
         let below = self.stack_with_room(|layers| layers.stack(target.top))?;
+        let durable = self.tree.is_durable();
         let Self { engine, dir, manifest, footing, .. } = self;
         let Some(footing) = footing.as_ref() else { return Err(Error::ShuttingDown) };
-        let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: target.id };
+        let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: target.id, durable };
         let Armed { layer, mount, .. } = arm.arm(target.root.clone())?;
+        // Other files come back under every walk: it need not be spared this.
+        let walks = Walks::new(Instant::now(), &mut self.standing);
         let ground = Ground { init, group: &group, deadline: Instant::now() + DEADLINE };
-        let switched = switch(&mut self.tracer, &ground, Purpose::Discard, || mount.try_clone().map(Some), span);
+        let ready = mount.try_clone().map_err(io_error("mount the next root of", dir))?;
+        let next = || mount.try_clone().map(Some);
+        let switched = switch(&mut self.tracer, &ground, Purpose::Discard, walks, Some(ready), next, span);
         let switched = self.after_switch(switched, Some(layer), "roll back")?;
         let (_, measured, old) = measured_of(switched);
         self.manifest.head = Some(target.id);
@@ -296,7 +306,8 @@ impl Driver {
     /// After a switch.
     fn save(&self) -> Result<(), Error> {
         self.show();
-        let saved = crate::fault::point("checkpoints.moved").and_then(|()| self.manifest.save(self.dir.path()));
+        let saved = crate::fault::point("checkpoints.moved")
+            .and_then(|()| self.manifest.save(self.dir.path(), self.tree.is_durable()));
         saved.map_err(io_error("write the manifest in", &self.dir))
     }
 
@@ -319,6 +330,8 @@ struct Arm<'a> {
     manifest: &'a mut Manifest,
     below: &'a Stack,
     head: CheckpointId,
+    /// There are checkpoints that survive a power failure.
+    durable: bool,
 }
 
 impl Arm<'_> {
@@ -335,7 +348,7 @@ impl Arm<'_> {
         self.manifest.next = Some(id);
         let mounted = self
             .manifest
-            .save(self.dir.path())
+            .save(self.dir.path(), self.durable)
             .and_then(|()| crate::fault::point("checkpoints.arm"))
             .and_then(|()| self.footing.mount(self.engine, self.below, &layer));
         let mount = mounted.map_err(|source| {

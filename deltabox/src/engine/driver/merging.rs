@@ -38,7 +38,7 @@ const DEADLINE: Duration = Duration::from_secs(10);
 #[derive(Debug, Default)]
 pub(super) struct Merging {
     job: Option<Job>,
-    /// Topmost layer and number of layers of runs that one layer cannot stand for.
+    /// Topmost layer and number of layers of runs that could not be merged: passed over, or none would be any more.
     impossible: BTreeSet<(LayerId, u64)>,
     /// Shorter stacks are left alone for now.
     shortest: usize,
@@ -114,7 +114,7 @@ impl Driver {
             run: stack.steps()[run.clone()].to_vec(),
             below: stack.dirs().split_off(run.end),
             lowers,
-            durable: self.tree.iter().any(|one| one.durable),
+            durable: self.tree.is_durable(),
             cancel: Arc::clone(&cancel),
         };
         let run = order.run.clone();
@@ -166,7 +166,7 @@ impl Driver {
         if self.torn.is_some() {
             return;
         }
-        let durable = self.tree.iter().any(|one| one.durable);
+        let durable = self.tree.is_durable();
         match self.engine.0.layers.publish(draft, durable) {
             Ok(id) => {
                 self.merging.shortest = 0;
@@ -178,10 +178,15 @@ impl Driver {
         }
     }
 
-    /// Remembers what cannot be merged at all.
+    /// Remembers what is not to be tried again.
     fn blame(&mut self, job: &Job, error: MergeError) -> String {
-        if matches!(error, MergeError::NotExpressible { .. } | MergeError::TooDeep) {
-            self.merging.impossible.insert(key(&job.run));
+        match error {
+            MergeError::NoRoom | MergeError::Cancelled => {}
+            // Perhaps it would do the next time. If not, it would be tried for ever, and its neighbours never; and a
+            // larger run that it is part of comes sooner or later.
+            MergeError::NotExpressible { .. } | MergeError::TooDeep | MergeError::Io { .. } => {
+                self.merging.impossible.insert(key(&job.run));
+            }
         }
         error.to_string()
     }
@@ -269,13 +274,16 @@ fn has_room(engine: &Engine, run: &[Step]) -> Result<(), MergeError> {
     let failed = |op, source| MergeError::Io { op, path: dir.clone(), source };
     let room = nix::sys::statvfs::statvfs(&dir).map_err(|errno| failed("look at the room in", errno.into()))?;
     let free_bytes = room.blocks_available() * room.fragment_size();
-    let mut bytes = 0;
+    let (mut bytes, mut n_files) = (0, 0);
     for step in run {
         let usage = engine.0.layers.frozen_usage(step.id);
-        bytes += usage.map_err(|source| failed("walk a layer in", source))?.bytes;
+        let usage = usage.map_err(|source| failed("walk a layer in", source))?;
+        (bytes, n_files) = (bytes + usage.bytes, n_files + usage.n_entries);
     }
-    if bytes > free_bytes / 2 {
-        return Err(failed("copy up to half of what is free in", io::ErrorKind::StorageFull.into()));
+    // A file system without a number of files that it can hold says that it holds none.
+    let has_files = room.files() == 0 || n_files <= room.files_available() / 2;
+    if bytes > free_bytes / 2 || !has_files {
+        return Err(MergeError::NoRoom);
     }
     Ok(())
 }

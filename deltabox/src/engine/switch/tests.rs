@@ -72,7 +72,10 @@ impl Sandbox {
             deadline: Instant::now() + self.patience,
         };
         let mut span = Span::begin(Operation::Checkpoint);
-        let switched = switch(&mut Tracer::new(), &ground, purpose, || mount.try_clone().map(Some), &mut span);
+        let mut standing = Standing::default();
+        let walks = Walks::new(Instant::now(), &mut standing);
+        let next = || mount.try_clone().map(Some);
+        let switched = switch(&mut Tracer::new(), &ground, purpose, walks, None, next, &mut span);
         for (phase, took) in span.phases() {
             println!("{phase}: {} us", took.as_micros());
         }
@@ -309,14 +312,16 @@ fn a_process_that_is_killed_while_it_stands_still_hinders_nobody() {
     let footing = Footing::new(&sandbox.engine, &BaseRef::default()).unwrap();
     let mount = footing.mount(&sandbox.engine, &below, &layer).unwrap();
     let group = report.cgroup.join("live");
-    let ground =
-        Ground { init: report.init_pid.unwrap(), group: &group, deadline: Instant::now() + Duration::from_secs(20) };
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let ground = Ground { init: report.init_pid.unwrap(), group: &group, deadline };
     let next = || {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(doomed), nix::sys::signal::Signal::SIGKILL)?;
         mount.try_clone().map(Some)
     };
     let mut span = Span::begin(Operation::Checkpoint);
-    let switched = switch(&mut Tracer::new(), &ground, Purpose::Freeze, next, &mut span);
+    let mut standing = Standing::default();
+    let walks = Walks::new(Instant::now(), &mut standing);
+    let switched = switch(&mut Tracer::new(), &ground, Purpose::Freeze, walks, None, next, &mut span);
     assert!(matches!(switched, Ok(Switched::Moved { .. })), "{switched:?}");
     sandbox.layers.push(layer.record().id);
     fs::write(sandbox.inside("/tmp/go"), "").unwrap();
