@@ -21,6 +21,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -272,6 +273,41 @@ impl Host {
     #[track_caller]
     pub fn inspect(&self, sandbox: &str) -> Value {
         self.cli(["inspect", "--json", sandbox]).json()["sandbox"].clone()
+    }
+
+    /// Host PID of a sandbox's init.
+    #[track_caller]
+    pub fn init(&self, sandbox: &str) -> Pid {
+        let pid = self.inspect(sandbox)["init_pid"].as_i64().and_then(|pid| i32::try_from(pid).ok());
+        Pid::from_raw(pid.expect("a running init"))
+    }
+
+    /// Where the host finds what lies at an absolute path inside.
+    #[track_caller]
+    pub fn inside(&self, sandbox: &str, path: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{path}", self.init(sandbox)))
+    }
+
+    /// A checkpoint of a sandbox's files; its id.
+    #[track_caller]
+    pub fn checkpoint(&self, sandbox: &str) -> String {
+        self.cli(["checkpoint", sandbox, "--fs-only"]).ok()
+    }
+
+    /// Takes a sandbox's files back to a checkpoint.
+    #[track_caller]
+    pub fn rollback(&self, sandbox: &str, to: &str) {
+        self.cli(["rollback", sandbox, to, "--fs-only"]).ok();
+    }
+}
+
+/// Looks again and again until it is so; fails after so many seconds.
+#[track_caller]
+pub fn wait_within(seconds: u64, what: &str, mut is_so: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(seconds);
+    while !is_so() {
+        assert!(Instant::now() < end, "not within {seconds} s: {what}");
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
 

@@ -1,10 +1,8 @@
 //! Checkpoints and rollbacks of files, as a user sees them.
 
 use std::fs;
-use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
-use deltabox_tests::{Host, skipped_without_root};
+use deltabox_tests::{Host, skipped_without_root, wait_within};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -54,7 +52,7 @@ fn start_busy(host: &Host) -> u64 {
 fn start_busy_with(host: &Host, env: &str) -> u64 {
     let text = host.cli(["exec", "-d", "--env", env, "box", "--", "/usr/bin/python3", "-c", BUSY]).ok();
     let pid = text.parse().expect("a pid");
-    wait_until("the program runs", || inside(host, "/srv/busy/dir/alive").exists());
+    wait_within(30, "the program runs", || host.inside("box", "/srv/busy/dir/alive").exists());
     pid
 }
 
@@ -66,30 +64,9 @@ fn end_busy(host: &Host, pid: u64) {
         let execs = report["execs"].as_array().expect("execs").clone();
         execs.into_iter().find(|exec| exec["pid"] == pid).map(|exec| exec["exit"].clone()).unwrap_or_default()
     };
-    wait_until("the program ends", || !exit().is_null());
+    wait_within(30, "the program ends", || !exit().is_null());
     let log = host.cli(["logs", "box", &pid.to_string()]).ok();
     assert_eq!(log, "ok", "{}", exit());
-}
-
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(30);
-    while !is_so() {
-        assert!(Instant::now() < end, "not within 30 s: {what}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-fn inside(host: &Host, path: &str) -> PathBuf {
-    let pid = host.inspect("box")["init_pid"].as_i64().expect("a running init");
-    PathBuf::from(format!("/proc/{pid}/root{path}"))
-}
-
-fn checkpoint(host: &Host) -> String {
-    host.cli(["checkpoint", "box", "--fs-only"]).ok()
-}
-
-fn rollback(host: &Host, to: &str) {
-    host.cli(["rollback", "box", to, "--fs-only"]).ok();
 }
 
 fn layers(host: &Host) -> Vec<String> {
@@ -103,7 +80,7 @@ fn layers(host: &Host) -> Vec<String> {
 
 /// Overlays in the sandbox's mount namespace.
 fn n_overlays(host: &Host) -> usize {
-    let pid = host.inspect("box")["init_pid"].as_i64().expect("a running init");
+    let pid = host.init("box");
     let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).expect("mountinfo");
     mounts.lines().filter(|line| line.contains(" - overlay ")).count()
 }
@@ -118,16 +95,16 @@ fn a_rollback_goes_to_any_checkpoint_any_number_of_times() {
     let mut ids = Vec::new();
     for n in 0..4 {
         host.sh("box", &format!("echo {n} > /srv/n; mkdir -p /srv/d{n}; rm -f /etc/hostname; touch /tmp/t{n}")).ok();
-        ids.push(checkpoint(&host));
+        ids.push(host.checkpoint("box"));
     }
     for (n, id) in [2, 0, 3, 3, 1, 0].map(|n| (n, &ids[n])) {
-        rollback(&host, id);
+        host.rollback("box", id);
         let expected: Vec<_> = (0..=n).map(|n| format!("/srv/d{n}")).collect();
         assert_eq!(host.sh("box", "cat /srv/n; echo /srv/d*").ok(), format!("{n}\n{}", expected.join(" ")));
         host.sh("box", "echo changed > /srv/n; rm -rf /srv/d*; mkdir /srv/d9").ok();
     }
     // A branch: the tree knows where it came from.
-    let child = checkpoint(&host);
+    let child = host.checkpoint("box");
     let tree = host.cli(["tree", "box", "--json"]).json();
     let parent = |id: &str| {
         let all = tree["checkpoints"].as_array().expect("checkpoints");
@@ -158,9 +135,9 @@ fn a_checkpoint_of_what_has_not_changed_freezes_nothing() {
     // The root directory itself counts too.
     host.sh("box", "chmod 711 /").ok();
     assert_eq!(host.cli(["checkpoint", "box", "--fs-only", "--json"]).json()["fs_frozen"], true);
-    rollback(&host, "same");
+    host.rollback("box", "same");
     assert_eq!(host.sh("box", "stat -c %a /; cat /srv/n").ok(), "755\n1");
-    rollback(&host, "c3");
+    host.rollback("box", "c3");
     assert_eq!(host.sh("box", "stat -c %a /").ok(), "711");
 }
 
@@ -173,7 +150,7 @@ fn programs_run_on_through_checkpoints_and_the_daemon_s_death() {
     host.create("box");
     let pid = start_busy(&host);
     for _ in 0..10 {
-        checkpoint(&host);
+        host.checkpoint("box");
     }
     host.end_daemon(Signal::SIGKILL);
     host.start_daemon();
@@ -199,7 +176,7 @@ fn a_checkpoint_that_fails_at_any_step_leaves_the_sandbox_as_it_was() {
         let host = Host::start();
         host.create("box");
         let pid = start_busy(&host);
-        let first = checkpoint(&host);
+        let first = host.checkpoint("box");
         let mut host = host.restart_with(&[("DELTABOX_FAULT", step)]);
         let failed = host.cli(["checkpoint", "box", "--fs-only", "--json"]).error();
         assert!(failed["message"].as_str().expect("a message").contains(step), "{step}: {failed}");
@@ -207,12 +184,12 @@ fn a_checkpoint_that_fails_at_any_step_leaves_the_sandbox_as_it_was() {
         host.end_daemon(Signal::SIGTERM);
         let host = host.restart_without_faults();
         assert_eq!(n_overlays(&host), 1, "{step}");
-        let second = checkpoint(&host);
+        let second = host.checkpoint("box");
         host.cli(["gc"]).ok();
         end_busy(&host, pid);
-        rollback(&host, &first);
-        rollback(&host, &second);
-        wait_until(&format!("{step}: no layer is left over"), || layers(&host).len() <= 4);
+        host.rollback("box", &first);
+        host.rollback("box", &second);
+        wait_within(30, &format!("{step}: no layer is left over"), || layers(&host).len() <= 4);
     }
 }
 
@@ -253,7 +230,7 @@ fn dies_at_each_of(steps: &[&str], with_first: bool) {
         let host = Host::start();
         host.create("box");
         let pid = start_busy_with(&host, "TORN=1");
-        let mut ids: Vec<_> = with_first.then(|| checkpoint(&host)).into_iter().collect();
+        let mut ids: Vec<_> = with_first.then(|| host.checkpoint("box")).into_iter().collect();
         let mut host = host.restart_with(&[("DELTABOX_FAULT", &format!("{step}:kill"))]);
         assert!(!host.cli(["checkpoint", "box", "--fs-only"]).status.success(), "{step}");
         host.wait_daemon();
@@ -261,10 +238,10 @@ fn dies_at_each_of(steps: &[&str], with_first: bool) {
         assert_eq!(n_overlays(&host), 1, "{step}");
         let tree = host.cli(["tree", "box", "--json"]).json();
         assert_eq!(tree["checkpoints"].as_array().expect("checkpoints").len(), ids.len(), "{step}: {tree}");
-        ids.push(checkpoint(&host));
+        ids.push(host.checkpoint("box"));
         end_busy(&host, pid);
-        ids.iter().for_each(|id| rollback(&host, id));
-        wait_until(&format!("{step}: no layer is left over"), || layers(&host).len() <= 4);
+        ids.iter().for_each(|id| host.rollback("box", id));
+        wait_within(30, &format!("{step}: no layer is left over"), || layers(&host).len() <= 4);
     }
 }
 
@@ -277,12 +254,12 @@ fn an_engine_that_dies_at_any_step_of_a_rollback_is_followed_by_one_that_finishe
         let host = Host::start();
         host.create("box");
         host.sh("box", "echo old > /srv/n; mkdir /srv/both").ok();
-        let first = checkpoint(&host);
+        let first = host.checkpoint("box");
         host.sh("box", "echo new > /srv/n").ok();
         let sleeper =
             host.cli(["exec", "-d", "-w", "/srv/both", "box", "--", "sh", "-c", "exec 5<>/srv/n; exec sleep 1000"]);
         sleeper.ok();
-        wait_until("it has opened its file", || inside(&host, "/srv/n").exists());
+        wait_within(30, "it has opened its file", || host.inside("box", "/srv/n").exists());
         let mut host = host.restart_with(&[("DELTABOX_FAULT", &format!("{step}:kill"))]);
         let rolled = host.cli(["rollback", "box", &first, "--fs-only"]);
         host.wait_daemon();
@@ -290,10 +267,10 @@ fn an_engine_that_dies_at_any_step_of_a_rollback_is_followed_by_one_that_finishe
         assert_eq!(n_overlays(&host), 1, "{step}");
         let now = host.sh("box", "cat /srv/n").ok();
         assert!(if rolled.status.success() { now == "old" } else { now == "old" || now == "new" }, "{step}: {now}");
-        rollback(&host, &first);
+        host.rollback("box", &first);
         assert_eq!(host.sh("box", "cat /srv/n").ok(), "old", "{step}");
         host.cli(["gc"]).ok();
-        wait_until(&format!("{step}: no layer is left over"), || layers(&host).len() == 2);
+        wait_within(30, &format!("{step}: no layer is left over"), || layers(&host).len() == 2);
     }
 }
 
@@ -305,13 +282,13 @@ fn a_writer_outside_is_a_refusal_and_changes_nothing() {
     let host = Host::start();
     host.create("box");
     let pid = start_busy(&host);
-    let file = fs::File::options().append(true).create(true).open(inside(&host, "/srv/outside")).expect("open");
+    let file = fs::File::options().append(true).create(true).open(host.inside("box", "/srv/outside")).expect("open");
     let refused = host.cli(["checkpoint", "box", "--fs-only", "--json"]);
     assert_eq!(refused.code(), 3, "{refused:?}");
     assert_eq!(refused.error()["code"], "refused");
     assert_eq!(n_overlays(&host), 1);
     drop(file);
-    checkpoint(&host);
+    host.checkpoint("box");
     end_busy(&host, pid);
 }
 
@@ -325,9 +302,9 @@ fn removed_checkpoints_and_sandboxes_free_their_layers() {
     let mut ids = Vec::new();
     for n in 0..3 {
         host.sh("box", &format!("head -c 300000 /dev/urandom > /srv/f{n}")).ok();
-        ids.push(checkpoint(&host));
+        ids.push(host.checkpoint("box"));
     }
-    rollback(&host, &ids[0]);
+    host.rollback("box", &ids[0]);
     assert_eq!(host.cli(["rm", "box@c9", "--json"]).error()["code"], "no_checkpoint");
     let own = host.cli(["inspect", "box@c3", "--json"]).json()["checkpoint"]["own_bytes"].as_u64().expect("bytes");
     assert!(own >= 300_000, "{own}");
@@ -354,18 +331,18 @@ fn a_removal_that_is_cut_short_leaves_a_checkpoint_that_can_be_used_and_removed(
     host.create("box");
     for n in 1..4 {
         host.sh("box", &format!("echo {n} > /srv/n")).ok();
-        checkpoint(&host);
+        host.checkpoint("box");
     }
     let mut host = host.restart_with(&[("DELTABOX_FAULT", "tree.remove:kill")]);
     assert!(!host.cli(["rm", "box@c2"]).status.success());
     host.wait_daemon();
     let host = host.restart_without_faults();
     for n in [2, 3, 1] {
-        rollback(&host, &format!("c{n}"));
+        host.rollback("box", &format!("c{n}"));
         assert_eq!(host.sh("box", "cat /srv/n").ok(), n.to_string());
     }
     host.cli(["rm", "box@c2"]).ok();
-    rollback(&host, "c3");
+    host.rollback("box", "c3");
     assert_eq!(host.sh("box", "cat /srv/n").ok(), "3");
 }
 
@@ -390,19 +367,19 @@ fn what_cannot_be_done_is_refused_with_a_reason() {
     assert_eq!(code(&["tree", "nobody"]), (1, "no_sandbox".to_owned()));
     // A layer that is gone is named, and nothing happens.
     host.sh("box", "echo 1 > /srv/n").ok();
-    let second = checkpoint(&host);
+    let second = host.checkpoint("box");
     let third_layer = layers(&host).last().expect("a layer").clone();
     host.sh("box", "echo 2 > /srv/n").ok();
-    checkpoint(&host);
+    host.checkpoint("box");
     let frozen = host.store().join("layers").join(&third_layer);
     let aside = host.scratch().join("aside");
     fs::rename(&frozen, &aside).expect("take a layer away");
     let error = host.cli(["rollback", "box", "c3", "--fs-only", "--json"]).error();
     assert_eq!(error["code"], "damaged_layer", "{error}");
     assert!(error["message"].as_str().expect("a message").contains(&third_layer), "{error}");
-    rollback(&host, &second);
+    host.rollback("box", &second);
     fs::rename(&aside, &frozen).expect("put it back");
-    rollback(&host, "c3");
+    host.rollback("box", "c3");
     assert_eq!(host.sh("box", "cat /srv/n").ok(), "2");
     host.cli(["kill", "box"]).ok();
     assert_eq!(code(&["checkpoint", "box", "--fs-only"]), (1, "dead".to_owned()));

@@ -1,16 +1,10 @@
 //! What hostile programs, full tables, stopped processes and damaged files must not do to the daemon or to others.
-#![expect(clippy::unwrap_used, reason = "a broken assumption of a helper ends its story")]
 
 use std::fs;
 use std::process::Stdio;
 
 use deltabox_tests::{Host, output, skipped_without_root};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-
-fn init_pid(host: &Host, sandbox: &str) -> Pid {
-    Pid::from_raw(i32::try_from(host.inspect(sandbox)["init_pid"].as_i64().unwrap()).unwrap())
-}
 
 #[test]
 fn a_tree_nested_deeper_than_any_stack_is_removed() {
@@ -55,7 +49,7 @@ fn a_stopped_init_keeps_nobody_from_the_daemon() {
     let mut host = Host::start();
     host.create("stopped");
     host.create("other");
-    let init = init_pid(&host, "stopped");
+    let init = host.init("stopped");
     kill(init, Signal::SIGSTOP).unwrap();
     host.end_daemon(Signal::SIGKILL);
     host.start_daemon();
@@ -74,7 +68,7 @@ fn an_init_killed_from_outside_is_a_dead_sandbox() {
     host.create("a");
     let mut client = host.command(["exec", "a", "--", "sleep", "1000"]).stdin(Stdio::null()).spawn().unwrap();
     while host.cli(["ps", "--json", "a"]).json()["processes"].as_array().unwrap().len() < 2 {}
-    kill(init_pid(&host, "a"), Signal::SIGKILL).unwrap();
+    kill(host.init("a"), Signal::SIGKILL).unwrap();
     assert_eq!(client.wait().unwrap().code(), Some(137));
     assert_eq!(host.inspect("a")["state"], "dead");
     host.cli(["rm", "a"]).ok();
@@ -113,7 +107,7 @@ fn init_keeps_nothing_of_the_daemons_streams() {
     }
     let host = Host::start();
     host.create("a");
-    let init = init_pid(&host, "a");
+    let init = host.init("a");
     for number in 0..3 {
         let target = fs::read_link(format!("/proc/{init}/fd/{number}")).unwrap();
         assert!(target.ends_with("null"), "{number} is {}", target.display());

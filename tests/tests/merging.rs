@@ -2,10 +2,9 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
 use deltabox_tests::disk::Disk;
-use deltabox_tests::{Host, count, skipped_without_root};
+use deltabox_tests::{Host, count, skipped_without_root, wait_within};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -24,14 +23,6 @@ fn change(host: &Host, n: usize) {
 
 fn digest(host: &Host) -> String {
     host.sh("box", "cd /srv && find . -printf '%p %y %m %T@ %l %n\\n' | sort | grep -v ' d ' ; find . -type f | sort | xargs md5sum").ok()
-}
-
-fn checkpoint(host: &Host) -> String {
-    host.cli(["checkpoint", "box", "--fs-only"]).ok()
-}
-
-fn rollback(host: &Host, to: &str) {
-    host.cli(["rollback", "box", to, "--fs-only"]).ok();
 }
 
 fn n_layers(host: &Host) -> u64 {
@@ -66,14 +57,6 @@ fn n_merges(host: &Host) -> u64 {
     whole.map_or(0, |row| row["n"].as_u64().expect("a count"))
 }
 
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(60);
-    while !is_so() {
-        assert!(Instant::now() < end, "not within 60 s: {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
 #[test]
 fn a_stack_stays_short_and_every_checkpoint_is_what_it_was() {
     if skipped_without_root() {
@@ -84,30 +67,30 @@ fn a_stack_stays_short_and_every_checkpoint_is_what_it_was() {
     let mut states = Vec::new();
     for n in 0..count(24, 200) {
         change(&host, n);
-        states.push((checkpoint(&host), digest(&host)));
+        states.push((host.checkpoint("box"), digest(&host)));
     }
-    wait_until("the stack is short", || n_layers(&host) <= 10);
+    wait_within(60, "the stack is short", || n_layers(&host) <= 10);
     for (id, expected) in states.iter().rev() {
-        rollback(&host, id);
+        host.rollback("box", id);
         assert_eq!(&digest(&host), expected, "{id}");
     }
     // What no checkpoint needs by itself goes, and the last is what it was.
     let (last, expected) = states.pop().expect("checkpoints");
-    rollback(&host, &last);
+    host.rollback("box", &last);
     states.iter().for_each(|(id, _)| drop(host.cli(["rm", &format!("box@{id}")]).ok()));
-    rollback(&host, &last);
+    host.rollback("box", &last);
     assert_eq!(digest(&host), expected);
-    wait_until("unneeded layers are gone", || names(&host).len() <= 12);
+    wait_within(60, "unneeded layers are gone", || names(&host).len() <= 12);
     // A later engine finds the same.
     let mut host = host;
     host.end_daemon(Signal::SIGKILL);
     host.start_daemon();
     change(&host, 500);
-    checkpoint(&host);
-    rollback(&host, &last);
+    host.checkpoint("box");
+    host.rollback("box", &last);
     assert_eq!(digest(&host), expected);
     host.cli(["rm", "box"]).ok();
-    wait_until("nothing is left", || names(&host).is_empty());
+    wait_within(60, "nothing is left", || names(&host).is_empty());
 }
 
 #[test]
@@ -120,12 +103,12 @@ fn checkpoints_without_a_pause_are_never_refused() {
     let mut most = 0;
     for n in 0..count(120, 2000) {
         host.sh("box", &format!("echo {n} > /srv/f{}; echo {n} > /srv/last", n % 100)).ok();
-        checkpoint(&host);
+        host.checkpoint("box");
         most = most.max(n_layers(&host));
     }
-    wait_until("the stack is short", || n_layers(&host) <= 62);
+    wait_within(60, "the stack is short", || n_layers(&host) <= 62);
     assert!(most < 400, "{most} layers");
-    rollback(&host, "c7");
+    host.rollback("box", "c7");
     assert_eq!(host.sh("box", "cat /srv/last; ls /srv | wc -l").ok(), "6\n8");
 }
 
@@ -140,22 +123,22 @@ fn an_engine_that_dies_in_a_merge_leaves_nothing_and_the_next_one_merges() {
         let mut states = Vec::new();
         for n in 0..2 {
             change(&host, n);
-            states.push((checkpoint(&host), digest(&host)));
+            states.push((host.checkpoint("box"), digest(&host)));
         }
         host = host.restart_with(&[("DELTABOX_FAULT", &format!("{step}:kill"))]);
         change(&host, 2);
         // Answered before the merge begins.
-        let third = checkpoint(&host);
+        let third = host.checkpoint("box");
         host.wait_daemon();
         assert!(merged(&host).is_empty(), "{step}");
         let host = host.restart_without_faults();
         assert!(!names(&host).iter().any(|name| name.starts_with('.')), "{step}: {:?}", names(&host));
         states.push((third, digest(&host)));
         change(&host, 3);
-        checkpoint(&host);
-        wait_until(&format!("{step}: it merges"), || n_layers(&host) <= 3);
+        host.checkpoint("box");
+        wait_within(60, &format!("{step}: it merges"), || n_layers(&host) <= 3);
         for (id, expected) in &states {
-            rollback(&host, id);
+            host.rollback("box", id);
             assert_eq!(&digest(&host), expected, "{step}: {id}");
         }
     }
@@ -173,16 +156,16 @@ fn a_merge_that_fails_is_told_and_changes_nothing() {
         let mut states = Vec::new();
         for n in 0..6 {
             change(&host, n);
-            states.push((checkpoint(&host), digest(&host)));
+            states.push((host.checkpoint("box"), digest(&host)));
         }
-        wait_until(&format!("{step}: it is told"), || host.daemon_log().contains("could not be merged"));
+        wait_within(60, &format!("{step}: it is told"), || host.daemon_log().contains("could not be merged"));
         assert_eq!(n_layers(&host), 6);
         assert!(merged(&host).is_empty(), "{step}");
-        wait_until(&format!("{step}: nothing is left of it"), || {
+        wait_within(60, &format!("{step}: nothing is left of it"), || {
             !names(&host).iter().any(|name| name.starts_with('.'))
         });
         for (id, expected) in &states {
-            rollback(&host, id);
+            host.rollback("box", id);
             assert_eq!(&digest(&host), expected, "{step}: {id}");
         }
     }
@@ -198,9 +181,9 @@ fn a_merge_leaves_half_of_the_free_room() {
     create(&host, "2");
     for n in 0..3 {
         host.sh("box", &format!("head -c 14M /dev/urandom > /srv/f{n}")).ok();
-        checkpoint(&host);
+        host.checkpoint("box");
     }
-    wait_until("it is told", || host.daemon_log().contains("half of what is free"));
+    wait_within(60, "it is told", || host.daemon_log().contains("half of what is free"));
     assert!(merged(&host).is_empty());
     assert_eq!(host.sh("box", "cat /srv/f* | wc -c").ok(), (3 * 14 * 1024 * 1024).to_string());
 }
@@ -215,10 +198,10 @@ fn a_sandbox_is_removed_while_its_layers_are_merged() {
         create(&host, "2");
         for n in 0..3 {
             host.sh("box", &format!("head -c 30M /dev/zero | tr '\\0' x > /srv/f{n}; mkdir -p /srv/d{n}/e")).ok();
-            checkpoint(&host);
+            host.checkpoint("box");
         }
         host.cli(["rm", "box"]).ok();
-        wait_until("nothing is left", || names(&host).is_empty());
+        wait_within(60, "nothing is left", || names(&host).is_empty());
     }
 }
 
@@ -233,7 +216,7 @@ fn what_a_durable_checkpoint_stands_on_is_on_disk_when_it_is_merged() {
         change(&host, n);
         host.cli(["checkpoint", "box", "--fs-only", "--durable"]).ok();
     }
-    wait_until("it merges", || n_merges(&host) > 0);
+    wait_within(60, "it merges", || n_merges(&host) > 0);
     let stats = host.cli(["stats", "box"]).ok();
     let merges = stats.split("merge").nth(1).expect("merges in stats");
     assert!(merges.contains("copy") && merges.contains("sync"), "{stats}");
@@ -265,7 +248,7 @@ fn differences_are_the_same_whatever_was_merged() {
     let expected = differences("box");
     assert_eq!(differences("merging"), expected);
     let n_dirs = || host.cli(["inspect", "merging", "--json"]).json()["disk"]["n_layers"].as_u64();
-    wait_until("it merges", || n_dirs().is_some_and(|n| n <= 5));
+    wait_within(60, "it merges", || n_dirs().is_some_and(|n| n <= 5));
     assert_eq!(differences("merging"), expected);
 }
 
@@ -289,7 +272,7 @@ fn differences_are_the_same_when_single_layers_are_gone() {
         }
     }
     let n_dirs = || host.cli(["inspect", "merging", "--json"]).json()["disk"]["n_layers"].as_u64();
-    wait_until("it merges", || n_dirs().is_some_and(|n| n <= 5));
+    wait_within(60, "it merges", || n_dirs().is_some_and(|n| n <= 5));
     host.sh("merging", "echo x > /srv/x").ok();
     host.cli(["checkpoint", "merging", "--fs-only"]).ok();
     for id in ["c2", "c4", "c6", "c7"] {
@@ -308,14 +291,14 @@ fn checkpoints(host: &Host, n: usize) -> Vec<(String, String)> {
     let mut states = Vec::new();
     for n in 0..n {
         change(host, n);
-        states.push((checkpoint(host), digest(host)));
+        states.push((host.checkpoint("box"), digest(host)));
     }
     states
 }
 
 fn assert_each(host: &Host, states: &[(String, String)], what: &str) {
     for (id, expected) in states {
-        rollback(host, id);
+        host.rollback("box", id);
         assert_eq!(&digest(host), expected, "{what}: {id}");
     }
 }
@@ -335,7 +318,7 @@ fn a_merged_layer_that_is_damaged_under_the_engine_is_passed_over_and_its_source
         let host = Host::start();
         create(&host, "2");
         let mut states = checkpoints(&host, 3);
-        wait_until("it merges", || n_merges(&host) > 0);
+        wait_within(60, "it merges", || n_merges(&host) > 0);
         // The sandbox is on its sources until the next switch.
         host.cli(["gc"]).ok();
         for (id, _) in merged(&host) {
@@ -343,7 +326,7 @@ fn a_merged_layer_that_is_damaged_under_the_engine_is_passed_over_and_its_source
         }
         host.cli(["gc"]).ok();
         change(&host, 3);
-        states.push((checkpoint(&host), digest(&host)));
+        states.push((host.checkpoint("box"), digest(&host)));
         host.cli(["gc"]).ok();
         assert_each(&host, &states, what);
         let mut host = host;
@@ -362,16 +345,16 @@ fn a_durable_checkpoint_of_a_young_store_outlives_a_power_failure_and_merges() {
     let mut host = Host::start_in(disk.dir(), &[]);
     create(&host, "2");
     checkpoints(&host, 3);
-    wait_until("it merges", || n_merges(&host) > 0);
+    wait_within(60, "it merges", || n_merges(&host) > 0);
     for (n, name) in [(3, "kept"), (4, "then")] {
         change(&host, n);
         host.cli(["checkpoint", "box", "--fs-only", "--durable", "--name", name]).ok();
     }
     for n in 5..10 {
         change(&host, n);
-        checkpoint(&host);
+        host.checkpoint("box");
     }
-    wait_until("it merges", || n_merges(&host) > 2);
+    wait_within(60, "it merges", || n_merges(&host) > 2);
     let cgroup = PathBuf::from(host.inspect("box")["cgroup"].as_str().expect("a path"));
     disk.lose_power(|| {
         host.end_daemon(Signal::SIGKILL);
@@ -400,7 +383,7 @@ fn no_layer_of_a_removed_sandbox_stays_even_if_a_checkpoint_could_not_be_read() 
     fs::write(host.store().join("sandboxes/box/checkpoints/c2.json"), "").expect("damage a checkpoint");
     host.start_daemon();
     host.cli(["rm", "box"]).ok();
-    wait_until("nothing is left", || names(&host).is_empty());
+    wait_within(60, "nothing is left", || names(&host).is_empty());
 }
 
 #[test]
@@ -411,7 +394,7 @@ fn what_a_root_is_mounted_over_stays_even_if_its_record_is_damaged() {
     let host = Host::start();
     create(&host, "2");
     checkpoints(&host, 3);
-    wait_until("it merges", || n_merges(&host) > 0);
+    wait_within(60, "it merges", || n_merges(&host) > 0);
     let before = digest(&host);
     let held = names(&host);
     host.cli(["gc"]).ok();
@@ -444,9 +427,9 @@ fn a_merge_leaves_half_of_the_free_files() {
     create(&host, "2");
     for n in 0..3 {
         host.sh("box", &format!("mkdir /srv/d{n}; cd /srv/d{n}; seq 1600 | xargs touch")).ok();
-        checkpoint(&host);
+        host.checkpoint("box");
     }
-    wait_until("it is told or done", || host.daemon_log().contains("half of what is free") || n_merges(&host) > 0);
+    wait_within(60, "it is told or done", || host.daemon_log().contains("half of what is free") || n_merges(&host) > 0);
     assert!(merged(&host).is_empty());
 }
 
@@ -460,9 +443,9 @@ fn a_run_that_can_never_be_merged_keeps_no_other_from_it() {
     create(&host, "2");
     // A renamed directory whose attributes leave no room for a longer redirect.
     host.sh("box", "cd /srv; mkdir -p $(seq -s / 1000 1100)/d").ok();
-    checkpoint(&host);
+    host.checkpoint("box");
     host.sh("box", "touch /srv/x").ok();
-    checkpoint(&host);
+    host.checkpoint("box");
     let fill = "import os
 d = '/srv/' + '/'.join(str(n) for n in range(1000, 1101))
 os.rename(d + '/d', d + '/full')
@@ -472,10 +455,10 @@ for i, start in enumerate((2000, 2000, 1000, 100)):
         try: os.setxattr(d, 'user.%d' % i, b'x' * n); break
         except OSError: pass";
     host.cli(["exec", "box", "--", "python3", "-c", fill]).ok();
-    checkpoint(&host);
+    host.checkpoint("box");
     let states = checkpoints(&host, 45);
-    wait_until("it is told", || host.daemon_log().contains("could not be merged"));
-    wait_until("the stack is short", || n_layers(&host) < 30);
+    wait_within(60, "it is told", || host.daemon_log().contains("could not be merged"));
+    wait_within(60, "the stack is short", || n_layers(&host) < 30);
     assert_each(&host, &states[40..], "");
 }
 
@@ -499,7 +482,7 @@ fn a_layer_that_cannot_be_removed_keeps_no_engine_from_its_start() {
     assert!(log.contains("failed to remove the layers of sandboxes"), "{log}");
     assert_each(&host, &states, "");
     let host = host.restart_without_faults();
-    wait_until("it is gone", || !names(&host).iter().any(|name| name.contains("77")));
+    wait_within(60, "it is gone", || !names(&host).iter().any(|name| name.contains("77")));
 }
 
 #[test]
@@ -513,7 +496,7 @@ fn a_durable_checkpoint_outlives_a_power_failure_after_others_that_are_not() {
     create(&host, "2");
     host.cli(["checkpoint", "box", "--fs-only", "--durable", "--name", "kept"]).ok();
     checkpoints(&host, 4);
-    rollback(&host, "c3");
+    host.rollback("box", "c3");
     // Somebody's fsync writes all names of the file system to disk.
     fs::File::create(disk.path().join("other")).and_then(|file| file.sync_all()).expect("sync a file");
     let cgroup = PathBuf::from(host.inspect("box")["cgroup"].as_str().expect("a path"));

@@ -2,9 +2,8 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
-use deltabox_tests::{Host, skipped_without_root};
+use deltabox_tests::{Host, skipped_without_root, wait_within};
 
 /// `step(n)` tells the story that the program is there, and waits until that has done its part.
 const STEPS: &str = r"
@@ -29,39 +28,26 @@ impl Program {
 
     /// When the program has come to its step `n`, does something, and lets it go on.
     fn at<R>(&self, n: u32, work: impl FnOnce(&Host) -> R) -> R {
-        wait_until(&format!("the program is at step {n}"), || self.inside(&format!("at{n}")).exists());
+        wait_within(60, &format!("the program is at step {n}"), || self.inside(&format!("at{n}")).exists());
         let result = work(&self.host);
         fs::write(self.inside(&format!("go{n}")), "").expect("let the program go on");
         result
     }
 
     fn inside(&self, name: &str) -> PathBuf {
-        let init = self.host.inspect("box")["init_pid"].as_i64().expect("a running init");
-        PathBuf::from(format!("/proc/{init}/root/run/shm/{name}"))
+        self.host.inside("box", &format!("/run/shm/{name}"))
     }
 
     /// What it has printed, once it has ended.
     fn end(&self) -> String {
         let pid: i64 = self.pid.parse().expect("a PID");
-        wait_until("the program ends", || {
+        wait_within(60, "the program ends", || {
             let report = self.host.cli(["inspect", "box", "--json"]).json();
             let execs = report["execs"].as_array().expect("execs");
             execs.iter().any(|exec| exec["pid"] == pid && !exec["exit"].is_null())
         });
         self.host.cli(["logs", "box", &self.pid]).ok()
     }
-}
-
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(60);
-    while !is_so() {
-        assert!(Instant::now() < end, "not within 60 s: {what}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-fn checkpoint(host: &Host) {
-    host.cli(["checkpoint", "box", "--fs-only"]).ok();
 }
 
 /// Removes what it reads, as it reads it, and tells what it was never given.
@@ -87,15 +73,15 @@ fn a_directory_that_is_read_across_checkpoints_gives_each_name_once() {
         host.create("box");
         host.sh("box", FILL).ok();
         if !more.is_empty() {
-            checkpoint(&host);
+            host.checkpoint("box");
         }
         if more.ends_with("touch") {
             host.sh("box", "cd /srv/d; seq -f f%.0f 0 5 900 | xargs chmod 600; touch more; rm f1; touch f1; rm more")
                 .ok();
         }
         let program = Program::start_in(host, REMOVER);
-        program.at(700, checkpoint);
-        program.at(1700, checkpoint);
+        program.at(700, |host| host.checkpoint("box"));
+        program.at(1700, |host| host.checkpoint("box"));
         assert_eq!(program.end(), "0 missing, 0 twice", "{more}");
         assert_eq!(program.host.sh("box", "ls /srv/d | wc -l").ok(), "0");
     }
@@ -109,7 +95,7 @@ fn a_directory_that_is_read_across_a_rollback_gives_all_that_is_in_both() {
     let host = Host::start();
     host.create("box");
     host.sh("box", FILL).ok();
-    checkpoint(&host);
+    host.checkpoint("box");
     host.sh("box", "cd /srv/d; seq -f f%.0f 0 2000 | xargs rm; seq -f f%.0f 0 2000 | xargs touch").ok();
     let program = Program::start_in(host, REMOVER);
     let back = |host: &Host| drop(host.cli(["rollback", "box", "c1", "--fs-only"]).ok());

@@ -6,12 +6,7 @@ use std::path::Path;
 use deltabox_tests::disk::Disk;
 use deltabox_tests::{Host, output, skipped_without_root};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde_json::Value;
-
-fn checkpoint(host: &Host) -> String {
-    host.cli(["checkpoint", "box", "--fs-only"]).ok()
-}
 
 fn write(host: &Host, text: &str) {
     host.sh("box", &format!("echo {text} > /srv/n")).ok();
@@ -19,10 +14,6 @@ fn write(host: &Host, text: &str) {
 
 fn read(host: &Host) -> String {
     host.sh("box", "cat /srv/n").ok()
-}
-
-fn rollback(host: &Host, to: &str) {
-    host.cli(["rollback", "box", to, "--fs-only"]).ok();
 }
 
 fn head(host: &Host) -> Value {
@@ -40,9 +31,8 @@ fn n_layers(host: &Host) -> usize {
 }
 
 fn end_init(host: &Host) {
-    let init =
-        host.inspect("box")["init_pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()).expect("a running init");
-    kill(Pid::from_raw(init), Signal::SIGKILL).expect("kill init");
+    let init = host.init("box");
+    kill(init, Signal::SIGKILL).expect("kill init");
 }
 
 /// A sandbox with a checkpoint `c1` of "old", then "new" written; the daemon has `fault` armed.
@@ -50,7 +40,7 @@ fn prepared(fault: &str) -> Host {
     let host = Host::start();
     host.create("box");
     write(&host, "old");
-    checkpoint(&host);
+    host.checkpoint("box");
     write(&host, "new");
     host.cli(["exec", "-d", "-w", "/srv", "box", "--", "sh", "-c", "exec 5<>/srv/n; exec sleep 1000"]).ok();
     host.restart_with(&[("DELTABOX_FAULT", fault)])
@@ -74,12 +64,12 @@ fn nothing_comes_from_a_checkpoint_that_was_never_finished() {
         let host = host.restart_without_faults();
         assert_eq!(head(&host), "c1", "{step}");
         assert_eq!(read(&host), "new", "{step}");
-        let next = checkpoint(&host);
+        let next = host.checkpoint("box");
         assert_eq!(node(&host, &next)["parent"], "c1", "{step}");
         assert!(host.cli(["tree", "box"]).ok().contains(&next), "{step}");
-        rollback(&host, "c1");
+        host.rollback("box", "c1");
         assert_eq!(read(&host), "old", "{step}");
-        rollback(&host, &next);
+        host.rollback("box", &next);
         assert_eq!(read(&host), "new", "{step}");
     }
 }
@@ -92,14 +82,14 @@ fn a_finished_checkpoint_is_what_its_sandbox_comes_from_whenever_the_engine_dies
     let mut host = prepared("");
     for _ in 0..2 {
         // One that freezes a layer, and one of what has not changed.
-        let id = checkpoint(&host);
+        let id = host.checkpoint("box");
         host.end_daemon(Signal::SIGKILL);
         host.start_daemon();
         assert_eq!(head(&host), id.as_str());
     }
-    assert_eq!(node(&host, &checkpoint(&host))["parent"], "c3");
+    assert_eq!(node(&host, &host.checkpoint("box"))["parent"], "c3");
     host.cli(["rm", "box@c4"]).ok();
-    rollback(&host, "c1");
+    host.rollback("box", "c1");
     host.end_daemon(Signal::SIGKILL);
     host.start_daemon();
     assert_eq!(head(&host), "c1");
@@ -129,7 +119,7 @@ fn a_rollback_that_cannot_be_written_down_has_taken_place_all_the_same() {
         let host = host.restart_without_faults();
         assert_eq!((head(&host), read(&host)), (Value::from("c1"), "old".to_owned()), "{step}");
         write(&host, "other");
-        let other = checkpoint(&host);
+        let other = host.checkpoint("box");
         assert_eq!(node(&host, &other)["parent"], "c1", "{step}");
         host.cli(["gc"]).ok();
         assert_eq!(n_layers(&host), 3, "{step}");
@@ -175,11 +165,10 @@ fn a_sandbox_that_dies_with_its_engine_keeps_its_checkpoints_and_nothing_else() 
 
 /// The engine dies in the middle of `command`, then the sandbox.
 fn end_after(host: &mut Host, command: &[&str]) {
-    let init =
-        host.inspect("box")["init_pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()).expect("a running init");
+    let init = host.init("box");
     assert!(!host.cli(command).status.success());
     host.wait_daemon();
-    kill(Pid::from_raw(init), Signal::SIGKILL).expect("kill init");
+    kill(init, Signal::SIGKILL).expect("kill init");
 }
 
 #[test]
@@ -202,10 +191,10 @@ fn a_move_that_an_engine_cannot_finish_is_finished_by_a_later_one() {
         host.cli(["gc"]).ok();
         assert_eq!(n_layers(&host), n_before);
         let host = host.restart_without_faults();
-        rollback(&host, "c1");
+        host.rollback("box", "c1");
         assert_eq!(read(&host), "old");
         write(&host, "other");
-        let other = checkpoint(&host);
+        let other = host.checkpoint("box");
         assert_eq!(node(&host, &other)["parent"], "c1");
     }
 }
@@ -215,7 +204,7 @@ fn with_479_layers(merge_above: &str) -> Host {
     let mut host = Host::start();
     host.cli(["create", "box", "--merge-above", merge_above]).ok();
     write(&host, "old");
-    checkpoint(&host);
+    host.checkpoint("box");
     host.end_daemon(Signal::SIGTERM);
     let layers = host.store().join("layers");
     let json = |path: &Path| -> Value { serde_json::from_slice(&fs::read(path).expect("read")).expect("JSON") };
@@ -235,7 +224,7 @@ fn with_479_layers(merge_above: &str) -> Host {
     fs::write(&file, first.to_string()).expect("write a checkpoint");
     host.start_daemon();
     assert_eq!(node(&host, "c1")["n_layers"], 479);
-    rollback(&host, "c1");
+    host.rollback("box", "c1");
     assert_eq!(read(&host), "old");
     host
 }
@@ -247,13 +236,13 @@ fn a_stack_takes_480_layers_and_no_more() {
     }
     let host = with_479_layers("480");
     // Nothing to freeze, so there is room for it.
-    checkpoint(&host);
+    host.checkpoint("box");
     write(&host, "new");
     let refused = host.cli(["checkpoint", "box", "--fs-only", "--json"]);
     assert_eq!(refused.code(), 3, "{refused:?}");
     assert!(refused.error()["hint"].as_str().expect("a hint").contains("roll back"));
     assert_eq!(read(&host), "new");
-    rollback(&host, "c1");
+    host.rollback("box", "c1");
     assert_eq!(read(&host), "old");
 }
 
@@ -265,10 +254,10 @@ fn a_checkpoint_without_room_waits_for_a_merge() {
     let host = with_479_layers("32");
     for n in 0..3 {
         write(&host, &n.to_string());
-        checkpoint(&host);
+        host.checkpoint("box");
     }
     assert_eq!(read(&host), "2");
-    rollback(&host, "c1");
+    host.rollback("box", "c1");
     assert_eq!(read(&host), "old");
 }
 
@@ -281,9 +270,9 @@ fn a_damaged_layer_costs_the_checkpoints_that_stand_on_it_and_tree_says_which() 
     host.create("box");
     for text in ["one", "two", "three"] {
         write(&host, text);
-        checkpoint(&host);
+        host.checkpoint("box");
     }
-    rollback(&host, "c1");
+    host.rollback("box", "c1");
     let record = host.store().join("layers/2/layer.json");
     let whole = fs::read(&record).expect("read a record");
     fs::write(&record, &whole[..whole.len() / 2]).expect("damage a record");
@@ -293,10 +282,10 @@ fn a_damaged_layer_costs_the_checkpoints_that_stand_on_it_and_tree_says_which() 
     host.cli(["inspect", "box"]).ok();
     host.cli(["gc"]).ok();
     assert_eq!(host.cli(["rollback", "box", "c3", "--fs-only", "--json"]).error()["code"], "damaged_layer");
-    rollback(&host, "c1");
+    host.rollback("box", "c1");
     assert_eq!(read(&host), "one");
     fs::write(&record, whole).expect("mend it");
-    rollback(&host, "c3");
+    host.rollback("box", "c3");
     assert_eq!(read(&host), "three");
 }
 
@@ -309,7 +298,7 @@ fn a_disk_that_fails_is_an_error_that_says_so_and_the_programs_run_on() {
     let host = Host::start_in(disk.dir(), &[]);
     host.create("box");
     write(&host, "old");
-    let first = checkpoint(&host);
+    let first = host.checkpoint("box");
     write(&host, "new");
     // Read-only from here on, as after an error of the disk.
     output(std::process::Command::new("mount").args(["-o", "remount,abort"]).arg(disk.path())).ok();
@@ -346,7 +335,7 @@ fn stats_tell_where_the_time_of_checkpoints_and_rollbacks_went() {
     }
     let host = prepared("");
     let id = host.cli(["checkpoint", "box", "--fs-only", "--durable"]).ok();
-    rollback(&host, &id);
+    host.rollback("box", &id);
     let table = host.cli(["stats", "box"]).ok();
     for (operation, phase) in [("checkpoint", "pivot"), ("checkpoint", "sync"), ("rollback", "rebase")] {
         let rows = table.lines().skip_while(|line| !line.starts_with(operation)).skip(1);

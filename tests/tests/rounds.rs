@@ -227,7 +227,7 @@ fn held(host: &Host, program: Pid) -> Held {
     // Other tests mount and unmount beside this one.
     let (store, mounts) = (host.store(), fs::read_to_string("/proc/self/mountinfo").unwrap());
     let own_mounts = mounts.lines().filter(|line| line.contains(store.to_str().unwrap())).count();
-    let (daemon, init) = (host.daemon_pid(), init(host));
+    let (daemon, init) = (host.daemon_pid(), host.init("box"));
     Held {
         daemon_descriptors: n_descriptors(daemon),
         init_descriptors: n_descriptors(init),
@@ -238,15 +238,11 @@ fn held(host: &Host, program: Pid) -> Held {
     }
 }
 
-fn init(host: &Host) -> Pid {
-    Pid::from_raw(i32::try_from(host.inspect("box")["init_pid"].as_i64().unwrap()).unwrap())
-}
-
 /// The one program in the sandbox.
 fn program(host: &Host) -> Pid {
     let group = PathBuf::from(host.inspect("box")["cgroup"].as_str().unwrap());
     let pids = fs::read_to_string(group.join("live/cgroup.procs")).unwrap();
-    let init = init(host).to_string();
+    let init = host.init("box").to_string();
     let program: Vec<_> = pids.lines().filter(|pid| *pid != init).collect();
     assert_eq!(program.len(), 1, "{program:?}");
     Pid::from_raw(program[0].parse().unwrap())
@@ -255,7 +251,7 @@ fn program(host: &Host) -> Pid {
 /// Minor number of the device of the sandbox's root: the lowest that was free. File systems that are never let go would
 /// drive it up.
 fn device(host: &Host) -> u64 {
-    fs::metadata(format!("/proc/{}/root/", init(host))).unwrap().dev() & 0xff
+    fs::metadata(format!("/proc/{}/root/", host.init("box"))).unwrap().dev() & 0xff
 }
 
 #[test]
@@ -267,7 +263,7 @@ fn nothing_is_lost_changed_or_leaked_in_rounds_without_end() {
     host.cli(["create", "box", "--merge-above", "8"]).ok();
     let mut command = host.command(["exec", "box", "--", "/usr/bin/python3", "-c", include_str!("programs/writer.py")]);
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
-    let root = PathBuf::from(format!("/proc/{}/root/srv", init(&host)));
+    let root = PathBuf::from(format!("/proc/{}/root/srv", host.init("box")));
     let is_ready = |k: usize| fs::metadata(root.join(format!("mapped{k}"))).is_ok_and(|file| file.len() == 4096);
     while !(0..N_THREADS).all(is_ready) {
         std::thread::sleep(Duration::from_millis(1));

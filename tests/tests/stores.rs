@@ -23,10 +23,6 @@ fn digest(host: &Host) -> String {
     host.sh("box", script).ok()
 }
 
-fn checkpoint(host: &Host) -> String {
-    host.cli(["checkpoint", "box", "--fs-only"]).ok()
-}
-
 fn goes_to_and_fro_on(kind: &str) {
     if skipped_without_root() {
         return;
@@ -38,8 +34,11 @@ fn goes_to_and_fro_on(kind: &str) {
     for n in 0..count(6, 40) {
         change(&host, n);
         let before = digest(&host);
-        let id =
-            if n % 3 == 0 { host.cli(["checkpoint", "box", "--fs-only", "--durable"]).ok() } else { checkpoint(&host) };
+        let id = if n % 3 == 0 {
+            host.cli(["checkpoint", "box", "--fs-only", "--durable"]).ok()
+        } else {
+            host.checkpoint("box")
+        };
         assert_eq!(digest(&host), before, "after {id}");
         states.push((id, before));
         // Somewhere in the middle, and on from there.
@@ -81,7 +80,7 @@ fn a_full_disk_is_an_error_that_says_so_and_nothing_is_lost() {
     let host = Host::start_in(disk.dir(), &[]);
     host.create("box");
     host.sh("box", "echo first > /srv/n").ok();
-    let first = checkpoint(&host);
+    let first = host.checkpoint("box");
     host.sh("box", "echo second > /srv/n; cat /dev/zero > /srv/fill 2>/dev/null; true").ok();
     for command in [["checkpoint", "box", "--fs-only", "--json"], ["rollback", "box", &first, "--json"]] {
         let mut args = command.to_vec();
@@ -94,7 +93,7 @@ fn a_full_disk_is_an_error_that_says_so_and_nothing_is_lost() {
     assert_eq!(host.sh("box", "cat /srv/n").ok(), "second");
     assert_eq!(host.inspect("box")["head"], first.as_str());
     host.sh("box", "rm /srv/fill").ok();
-    let second = checkpoint(&host);
+    let second = host.checkpoint("box");
     host.cli(["rollback", "box", &first, "--fs-only"]).ok();
     assert_eq!(host.sh("box", "cat /srv/n").ok(), "first");
     host.cli(["rollback", "box", &second, "--fs-only"]).ok();
@@ -110,7 +109,7 @@ fn a_store_that_takes_no_new_layers_is_an_error_that_says_where() {
     let host = Host::start_in(disk.dir(), &[]);
     host.create("box");
     host.sh("box", "echo first > /srv/n").ok();
-    let first = checkpoint(&host);
+    let first = host.checkpoint("box");
     host.sh("box", "echo second > /srv/n").ok();
     let layers = host.store().join("layers");
     let chattr = |flag: &str| output(std::process::Command::new("chattr").arg(flag).arg(&layers)).ok();
@@ -122,6 +121,6 @@ fn a_store_that_takes_no_new_layers_is_an_error_that_says_where() {
         assert_eq!(error["code"], "io", "{error}");
     }
     assert_eq!(host.sh("box", "cat /srv/n").ok(), "second");
-    checkpoint(&host);
+    host.checkpoint("box");
     assert_eq!(fs::read_dir(layers).expect("list layers").count(), 3);
 }

@@ -1,10 +1,8 @@
 //! Walks through directories (find, rm -r, rmtree) under checkpoints: who walks compares devices, and those change.
 
-use std::path::PathBuf;
 use std::process::Stdio;
-use std::time::{Duration, Instant};
 
-use deltabox_tests::{Host, count, skipped_without_root};
+use deltabox_tests::{Host, count, skipped_without_root, wait_within};
 
 /// Makes a deep tree and has each tool walk through it; prints what went wrong.
 const WALKER: &str = r"
@@ -46,28 +44,19 @@ fn checkpoint(host: &Host, patience: &str) -> String {
     host.cli(["checkpoint", "box", "--fs-only", "--patience", patience]).ok()
 }
 
-fn inside(host: &Host, path: &str) -> PathBuf {
-    let init = host.inspect("box")["init_pid"].as_i64().expect("a running init");
-    PathBuf::from(format!("/proc/{init}/root{path}"))
-}
-
 fn start_holder(environment: &[&str]) -> Host {
     let host = Host::start();
     host.create("box");
     let words = ["exec", "-d", "box", "--", "/usr/bin/env"].iter().chain(environment);
     host.cli(words.chain(&["/usr/bin/python3", "-c", HOLDER])).ok();
-    let end = Instant::now() + Duration::from_secs(60);
-    while !inside(&host, "/run/shm/open").exists() {
-        assert!(Instant::now() < end, "no directory is open within 60 s");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_within(60, "a directory is open", || host.inside("box", "/run/shm/open").exists());
     host
 }
 
 /// What the checkpoint has that the sandbox had not in the beginning.
 fn has_over(host: &Host, checkpoint: &str) -> bool {
     host.cli(["rollback", "box", checkpoint, "--fs-only"]).ok();
-    inside(host, "/srv/over").exists()
+    host.inside("box", "/srv/over").exists()
 }
 
 #[test]
@@ -111,7 +100,7 @@ fn a_walk_is_not_waited_for_without_patience() {
     host.sh("box", "touch /run/shm/stay").ok();
     host.cli(["exec", "-d", "box", "--", "/usr/bin/python3", "-c", HOLDER]).ok();
     let id = checkpoint(&host, "0");
-    std::fs::remove_file(inside(&host, "/run/shm/stay")).expect("let the walk end");
+    std::fs::remove_file(host.inside("box", "/run/shm/stay")).expect("let the walk end");
     assert!(!has_over(&host, &id));
 }
 

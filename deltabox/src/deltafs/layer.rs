@@ -73,7 +73,7 @@ pub struct Record {
 }
 
 /// A run of layers that one stands for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Merged {
     /// The topmost of them.
     pub top: LayerId,

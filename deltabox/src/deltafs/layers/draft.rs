@@ -25,6 +25,7 @@ pub struct Draft {
     staging: Staging,
     upper: OwnedFd,
     record: Record,
+    merged: Merged,
 }
 
 /// Full, its record written. Removed when dropped.
@@ -55,7 +56,7 @@ impl Drop for Staging {
 impl Layers {
     /// An empty one for `run`, consecutive steps of a stack, the topmost first.
     pub fn draft(&self, run: &[Step], sandbox: &SandboxId) -> io::Result<Draft> {
-        let (Some(top), Some(lowest)) = (run.first(), run.last()) else {
+        let (Some(merged), Some(lowest)) = (Merged::of(run), run.last()) else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
         let id = self.next_id();
@@ -67,8 +68,8 @@ impl Layers {
         let mut record = Record::new(id, sandbox.clone(), RootLook::of(upper.as_fd())?);
         record.parent = lowest.parent;
         record.depth = lowest.depth;
-        record.merged = Some(Merged { top: top.name, n_layers: top.depth + top.n_layers - lowest.depth });
-        Ok(Draft { staging, upper, record })
+        record.merged = Some(merged);
+        Ok(Draft { staging, upper, record, merged })
     }
 
     /// Puts it in its place: stacks that are asked for from now on have it. `durable`: it is on disk before that, or a
@@ -98,11 +99,10 @@ impl Draft {
 
     /// Nothing more comes.
     pub fn finish(mut self) -> io::Result<FullDraft> {
-        let Some(merged) = self.record.merged else { return Err(io::ErrorKind::InvalidInput.into()) };
         self.record.root = RootLook::of(self.upper.as_fd())?;
         crate::fault::point("merge.finish")?;
         self.record.save(&self.staging.path)?;
-        Ok(FullDraft { staging: self.staging, id: self.record.id, merged, synced: false })
+        Ok(FullDraft { staging: self.staging, id: self.record.id, merged: self.merged, synced: false })
     }
 }
 

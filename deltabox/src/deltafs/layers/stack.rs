@@ -28,6 +28,14 @@ pub struct Step {
     pub depth: u64,
 }
 
+impl Merged {
+    /// What one layer for `run` stands for: consecutive steps, the topmost first. `None` for no steps.
+    pub fn of(run: &[Step]) -> Option<Self> {
+        let (top, lowest) = (run.first()?, run.last()?);
+        Some(Self { top: top.name, n_layers: top.depth + top.n_layers - lowest.depth })
+    }
+}
+
 /// The directories of a state of files, the topmost first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stack(Vec<Step>);
@@ -125,7 +133,7 @@ impl Layers {
     pub fn fork(&self, from: Option<LayerId>, to: Option<LayerId>) -> Result<Fork, StackError> {
         // By single layers where they are there: a merged one may stand for layers on both sides of the fork.
         let fine = |top| {
-            let single_first = |name| self.first_whole(name, self.directories(name).into_iter().rev(), |_| true);
+            let single_first = |name| self.first_known(name, self.directories(name).into_iter().rev(), |_| true);
             walk(top, None, single_first).or_else(|_| self.known_stack(top))
         };
         let (one, other) = (fine(from)?, fine(to)?);
@@ -133,7 +141,7 @@ impl Layers {
         let shared = other.0.iter().find(|step| names.contains(&step.name));
         let (name, depth) = (shared.map(|step| step.name), shared.map_or(0, |step| step.depth + step.n_layers));
         let above = |top| {
-            let fitting = |at| self.first_whole(at, self.directories(at).into_iter(), |step| step.depth >= depth);
+            let fitting = |at| self.first_known(at, self.directories(at), |step| step.depth >= depth);
             walk(top, name, fitting).map(|stack| stack.dirs())
         };
         Ok(Fork { from: above(from)?, to: above(to)?, common: self.stack(name)?.dirs() })
@@ -141,19 +149,12 @@ impl Layers {
 
     /// The topmost directory of a layer's stack; it may have been looked at before.
     pub fn step(&self, name: LayerId) -> Result<Step, StackError> {
-        self.first_whole(name, self.directories(name).into_iter(), |_| true)
+        self.first_known(name, self.directories(name), |_| true)
     }
 
     /// The topmost directory of a layer's stack, looked at on disk.
     pub fn check(&self, name: LayerId) -> Result<Step, StackError> {
-        let mut first = None;
-        for id in self.directories(name) {
-            match self.look(name, id) {
-                Ok(step) => return Ok(step),
-                Err(error) => first = first.or(Some(error)),
-            }
-        }
-        Err(first.unwrap_or(StackError { id: name, source: io::ErrorKind::NotFound.into() }))
+        first_fitting(name, self.directories(name), |id| self.look(name, id), |_| true)
     }
 
     /// Directories that stand for a layer, and perhaps for some below it: those for the most first, its own last.
@@ -162,24 +163,20 @@ impl Layers {
         merged.into_iter().map(|(_, id)| id).chain([name]).collect()
     }
 
-    fn first_whole(
+    /// The first of these directories that fits; it may have been looked at before.
+    fn first_known(
         &self,
         name: LayerId,
-        among: impl Iterator<Item = LayerId>,
+        among: impl IntoIterator<Item = LayerId>,
         fits: impl Fn(&Step) -> bool,
     ) -> Result<Step, StackError> {
-        let mut first = None;
-        for id in among {
+        let look = |id| {
             let known = lock(&self.index).whole.get(&id).copied();
             // A merged one can be done without: it had better be there.
             let known = known.filter(|step| step.n_layers == 1 || self.upper(id).is_dir());
-            match known.map_or_else(|| self.look(name, id), Ok) {
-                Ok(step) if fits(&step) => return Ok(step),
-                Ok(_) => {}
-                Err(error) => first = first.or(Some(error)),
-            }
-        }
-        Err(first.unwrap_or(StackError { id: name, source: io::ErrorKind::NotFound.into() }))
+            known.map_or_else(|| self.look(name, id), Ok)
+        };
+        first_fitting(name, among, look, fits)
     }
 
     /// Looks at a directory on disk.
@@ -200,6 +197,24 @@ impl Layers {
         // Last: one that is being removed is never known for longer than its removal takes.
         if self.upper(id).is_dir() { Ok(step) } else { Err(failed(io::ErrorKind::NotFound.into())) }
     }
+}
+
+/// The first of the directories for layer `name` that is whole and fits; else what is wrong with the first that is not.
+fn first_fitting(
+    name: LayerId,
+    among: impl IntoIterator<Item = LayerId>,
+    look: impl Fn(LayerId) -> Result<Step, StackError>,
+    fits: impl Fn(&Step) -> bool,
+) -> Result<Step, StackError> {
+    let mut first = None;
+    for id in among {
+        match look(id) {
+            Ok(step) if fits(&step) => return Ok(step),
+            Ok(_) => {}
+            Err(error) => first = first.or(Some(error)),
+        }
+    }
+    Err(first.unwrap_or(StackError { id: name, source: io::ErrorKind::NotFound.into() }))
 }
 
 fn walk(

@@ -17,7 +17,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use super::{Driver, Message};
-use crate::deltafs::layer::{LayerId, open_dir};
+use crate::deltafs::layer::{LayerId, Merged, open_dir};
 use crate::deltafs::layers::{FullDraft, Layers, Stack, StackError, Step, run_to_merge};
 use crate::deltafs::merge::{MergeError, merge};
 use crate::engine::{Engine, Error};
@@ -38,8 +38,8 @@ const DEADLINE: Duration = Duration::from_secs(10);
 #[derive(Debug, Default)]
 pub(super) struct Merging {
     job: Option<Job>,
-    /// Topmost layer and number of layers of runs that could not be merged: passed over, or none would be any more.
-    impossible: BTreeSet<(LayerId, u64)>,
+    /// Runs that could not be merged: passed over, or none would be any more.
+    impossible: BTreeSet<Merged>,
     /// Shorter stacks are left alone for now.
     shortest: usize,
     /// What merged layers stand for, and those themselves: perhaps nobody needs it.
@@ -103,7 +103,7 @@ impl Driver {
         if stack.len() < self.merging.shortest {
             return;
         }
-        let impossible = |run: &[Step]| self.merging.impossible.contains(&key(run));
+        let impossible = |run: &[Step]| Merged::of(run).is_some_and(|run| self.merging.impossible.contains(&run));
         let Some(run) = run_to_merge(stack.steps(), self.manifest.spec.merge_above, impossible) else { return };
         let lowers = footing.lowers(&self.engine).iter().map(|fd| fd.try_clone_to_owned()).collect::<io::Result<_>>();
         let Ok(lowers) = lowers.inspect_err(|error| tracing::warn!(%error, "no merge for now")) else { return };
@@ -185,7 +185,7 @@ impl Driver {
             // Perhaps it would do the next time. If not, it would be tried for ever, and its neighbours never; and a
             // larger run that it is part of comes sooner or later.
             MergeError::NotExpressible { .. } | MergeError::TooDeep | MergeError::Io { .. } => {
-                self.merging.impossible.insert(key(&job.run));
+                self.merging.impossible.extend(Merged::of(&job.run));
             }
         }
         error.to_string()
@@ -229,11 +229,6 @@ pub(super) fn no_room(id: &SandboxId, n_layers: usize) -> Error {
                lower --merge-above merges them"
                 .to_owned(),
     }
-}
-
-fn key(run: &[Step]) -> (LayerId, u64) {
-    let (Some(top), Some(lowest)) = (run.first(), run.last()) else { return (LayerId(0), 0) };
-    (top.name, top.depth + top.n_layers - lowest.depth)
 }
 
 /// On the merger thread.
