@@ -5,8 +5,10 @@
 mod alarm;
 mod area;
 mod error;
+mod fdinfo;
 mod frame;
 mod halt;
+mod handover;
 mod helper;
 pub mod inject;
 mod interrupted;
@@ -15,6 +17,7 @@ pub mod rebase;
 mod rseq;
 pub mod state;
 pub mod stop;
+mod table;
 mod tasks;
 pub mod template;
 mod timed;
@@ -22,3 +25,4 @@ mod timeouts;
 mod waits;
 
 pub use error::{InjectError, InjectRefusal, StopError, StopRefusal};
+pub use handover::HandoverError;

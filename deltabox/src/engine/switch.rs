@@ -16,9 +16,9 @@ use std::time::{Duration, Instant};
 
 use libc::pid_t;
 
+use crate::deltacr::StopError;
 use crate::deltacr::rebase::{Ahead, Missing, Opened, Plan, RebaseError};
 use crate::deltacr::stop::{Request, Stopped, Tracer, while_stopped};
-use crate::deltacr::{InjectError, StopError};
 use crate::latency::{Phase, Span};
 use crate::sandbox::root::{Namespace, Root};
 
@@ -294,8 +294,8 @@ impl From<RebaseError> for SwitchError {
             RebaseError::Refused(refusal) => {
                 Self::Refused { why: refusal.to_string(), hint, passing: refusal.is_passing() }
             }
-            RebaseError::Inject(InjectError::Refused(refusal)) => {
-                Self::Refused { why: refusal.to_string(), hint, passing: false }
+            RebaseError::Handover(error) if error.is_refusal() => {
+                Self::Refused { why: error.to_string(), hint, passing: false }
             }
             other => Self::Failed { what: "move its processes".to_owned(), source: io::Error::other(other) },
         }

@@ -4,7 +4,7 @@ use std::io;
 
 use libc::pid_t;
 
-use crate::deltacr::InjectError;
+use crate::deltacr::HandoverError;
 
 /// A failure. What was done before it is the caller's to undo.
 #[derive(Debug, thiserror::Error)]
@@ -32,19 +32,9 @@ pub enum RebaseError {
         /// The kernel's word.
         source: io::Error,
     },
-    /// A call inside a process.
-    #[error("{call} in process {pid}: {source}")]
-    Call {
-        /// Its name.
-        call: &'static str,
-        /// The process.
-        pid: pid_t,
-        /// The kernel's word.
-        source: io::Error,
-    },
-    /// No call could be made inside a process.
+    /// A process could not be given what was opened for it.
     #[error(transparent)]
-    Inject(#[from] InjectError),
+    Handover(#[from] HandoverError),
 }
 
 /// What a process has that cannot be moved.
@@ -75,14 +65,6 @@ pub enum RebaseRefusal {
         number: i32,
         /// How many.
         n: u32,
-    },
-    /// It has no room for the two or three more descriptors that the move takes.
-    #[error("process {pid} has all descriptors open that its limit of {limit} allows")]
-    Full {
-        /// The process.
-        pid: pid_t,
-        /// RLIMIT_NOFILE.
-        limit: u64,
     },
     /// Connections wait to be accepted.
     #[error("descriptor {number} of process {pid} has connections that it has not accepted yet")]

@@ -15,13 +15,13 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, readlinkat};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
-use super::fdinfo::{FdInfo, Lock, Owner, Target};
-use super::table::{Ahead, Link, Table};
 use super::watcher::Watcher;
 use super::{
     Description, Holding, Kind, Mapping, OpenDirectory, Place, Plan, RebaseError, RebaseRefusal, Seat, listener,
 };
+use crate::deltacr::fdinfo::{FdInfo, Lock, Owner, Target};
 use crate::deltacr::stop::{Process, Stopped};
+use crate::deltacr::table::{Ahead, Link, Table};
 use crate::deltacr::tasks::{read_stat, scan_threads};
 use crate::sandbox::root::{LANDING, Root};
 use crate::sys::maps::next_shared_file;

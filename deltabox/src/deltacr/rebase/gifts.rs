@@ -1,14 +1,12 @@
 //! What one process gets, as calls that it makes.
 
 use std::collections::BTreeSet;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 
-use super::fdinfo::Target;
 use super::open::range;
 use super::{Description, Holding, Kind, Seat};
-use crate::deltacr::inject::Call;
-
-pub(super) const FCHDIR: &str = "fchdir";
+use crate::deltacr::fdinfo::Target;
+use crate::deltacr::handover::{Gift, LastCall, Use, number, unsigned};
 
 /// Whether something in this process is to be replaced.
 pub(super) fn needs_work(seat: &Seat, descriptions: &[Description]) -> bool {
@@ -106,57 +104,4 @@ pub(super) fn last_calls(seat: &Seat, descriptions: &[Description]) -> Vec<LastC
         }
     }
     calls
-}
-
-/// A descriptor for a process, and what it is for.
-pub(super) struct Gift<'a> {
-    pub(super) file: BorrowedFd<'a>,
-    pub(super) what: Use,
-}
-
-#[derive(Clone, Copy)]
-pub(super) enum Use {
-    Descriptor { number: i32, flags: i32 },
-    WorkingDirectory,
-    Mapping { start: u64, len_bytes: u64, protection: u64, flags: u64, offset_bytes: u64 },
-}
-
-impl Use {
-    /// The call that puts descriptor `received` to its use, and its name.
-    pub(super) fn call(self, received: i32) -> (Call, &'static str) {
-        let received = number(received);
-        match self {
-            Self::Descriptor { number: to, flags } => {
-                (call(libc::SYS_dup3, &[received, number(to), unsigned(flags)]), "dup3")
-            }
-            Self::WorkingDirectory => (call(libc::SYS_fchdir, &[received]), FCHDIR),
-            Self::Mapping { start, len_bytes, protection, flags, offset_bytes } => {
-                let args = [start, len_bytes, protection, flags, received, offset_bytes];
-                (call(libc::SYS_mmap, &args), "mmap")
-            }
-        }
-    }
-}
-
-/// A call with the address of bytes in memory as its last argument.
-pub(super) struct LastCall {
-    pub(super) name: &'static str,
-    pub(super) nr: i64,
-    pub(super) args: Vec<u64>,
-    pub(super) bytes: Vec<u8>,
-}
-
-pub(super) fn call(nr: i64, args: &[u64]) -> Call {
-    let mut six = [0; 6];
-    six[..args.len()].copy_from_slice(args);
-    Call { nr, args: six }
-}
-
-/// An argument as the kernel takes it.
-pub(super) fn number(fd: i32) -> u64 {
-    i64::from(fd).cast_unsigned()
-}
-
-pub(super) fn unsigned(flags: i32) -> u64 {
-    flags.cast_unsigned().into()
 }

@@ -13,7 +13,6 @@
 //! Knows mounts only by number and descriptor, layers not at all.
 
 mod error;
-mod fdinfo;
 mod fifo;
 mod find;
 mod gifts;
@@ -21,7 +20,6 @@ mod give;
 mod listener;
 mod open;
 mod position;
-mod table;
 mod unlinked;
 mod watcher;
 
@@ -30,14 +28,14 @@ use std::os::fd::OwnedFd;
 
 use libc::pid_t;
 
+pub use super::table::Ahead;
 pub use error::{RebaseError, RebaseRefusal};
 pub use open::Opened;
-pub use table::Ahead;
 
+use super::fdinfo::{FdInfo, Lock, Target};
+use super::table::Table;
 use crate::sys::stat::Stat;
-use fdinfo::{FdInfo, Lock, Target};
 use listener::Listener;
-use table::Table;
 use watcher::Watcher;
 
 /// What is to become of a file that the next root does not have under its name.

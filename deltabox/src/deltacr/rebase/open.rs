@@ -10,10 +10,10 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, Whence, lseek, unlinkat};
 
-use super::fdinfo::{Lock, Owner};
-use super::table::Table;
 use super::unlinked::Copies;
 use super::{Description, Kind, Missing, Place, Plan, RebaseError, fifo, position};
+use crate::deltacr::fdinfo::{Lock, Owner};
+use crate::deltacr::table::Table;
 use crate::sandbox::root::Root;
 use crate::sys::fs::{lock_description, set_times};
 use crate::sys::stat::stat;

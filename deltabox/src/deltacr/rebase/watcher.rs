@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::fdinfo::Watch;
+use crate::deltacr::fdinfo::Watch;
 use crate::sandbox::root::Root;
 use crate::sys::handle::{Handle, identity_at};
 use crate::sys::inotify::{add_watch, remove_watch};

@@ -5,8 +5,8 @@ use std::ops::Range;
 use libc::pid_t;
 
 use super::error::{TemplateError, TemplateRefusal};
-use super::make::call;
 use super::mapping::{Advice, Mapping};
+use crate::deltacr::handover::call;
 use crate::deltacr::inject::Call;
 
 /// What is advised otherwise while the template is cloned: neighbours of one kind together.

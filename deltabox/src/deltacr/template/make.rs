@@ -15,6 +15,7 @@ use super::mapping::read_smaps;
 use super::memory::{Counts, Outline};
 use super::reapers::Reapers;
 use super::remove::Template;
+use crate::deltacr::handover::call;
 use crate::deltacr::helper::{DATA, N_CALLS, Ran};
 use crate::deltacr::inject::{Call, Hand};
 use crate::deltacr::stop::Stopped;
@@ -348,10 +349,4 @@ fn denied(pid: pid_t, call: &'static str, errno: i32, number: pid_t) -> Template
 
 fn flags(flags: i32) -> u64 {
     flags.cast_unsigned().into()
-}
-
-pub(super) fn call(nr: i64, args: &[u64]) -> Call {
-    let mut six = [0; 6];
-    six[..args.len()].copy_from_slice(args);
-    Call { nr, args: six }
 }

@@ -10,7 +10,7 @@ use std::io;
 use libc::pid_t;
 
 use super::error::{TemplateError, check, process};
-use super::make::call;
+use crate::deltacr::handover::call;
 use crate::deltacr::stop::Stopped;
 
 /// The subreapers above a process, suspended.

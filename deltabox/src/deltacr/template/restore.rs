@@ -15,7 +15,6 @@ use std::time::{Duration, Instant};
 use libc::pid_t;
 
 use super::error::{TemplateError, TemplateRefusal, check, process};
-use super::make::call;
 use super::mapping::{Advice, Mapping, read_maps, read_smaps};
 use super::memory::{Memory, without};
 use super::pages;
@@ -23,6 +22,7 @@ use super::plan::{Step, broken, covering, plan, whole};
 use super::source::{PAGE_BYTES, Pages, Source};
 use super::threads::Threads;
 use super::wares::Wares;
+use crate::deltacr::handover::call;
 use crate::deltacr::inject::{Call, Hand};
 use crate::deltacr::stop::Stopped;
 

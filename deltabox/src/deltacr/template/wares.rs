@@ -5,11 +5,11 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use super::error::{TemplateError, TemplateRefusal, check};
-use super::make::call;
 use super::mapping::{Mapping, read_maps};
 use super::plan::{Step, covering};
 use super::restore::unopened;
 use super::source::Source;
+use crate::deltacr::handover::call;
 use crate::deltacr::inject::{Call, Hand};
 use crate::sys::process::{pidfd_getfd, pidfd_open_thread};
 use crate::sys::socket::send_with_fds;

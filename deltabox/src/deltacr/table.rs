@@ -12,7 +12,7 @@ use nix::fcntl::{OFlag, openat, readlinkat};
 use nix::sys::stat::Mode;
 
 use super::fdinfo::FdInfo;
-use crate::deltacr::tasks::Lists;
+use super::tasks::Lists;
 use crate::sys::fs::read_entries;
 use crate::sys::process::{pidfd_getfd, pidfd_open_thread};
 
