@@ -13,6 +13,7 @@ mod helper;
 pub mod inject;
 mod interrupted;
 mod marker;
+mod place;
 pub mod rebase;
 mod rseq;
 pub mod state;

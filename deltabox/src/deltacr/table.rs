@@ -1,5 +1,6 @@
 //! A stopped task's descriptor table, read in as few calls as the kernel allows: it is read while programs stand still.
 
+use std::cmp::Ordering;
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -12,9 +13,10 @@ use nix::fcntl::{OFlag, openat, readlinkat};
 use nix::sys::stat::Mode;
 
 use super::fdinfo::FdInfo;
+use super::stop::Process;
 use super::tasks::Lists;
 use crate::sys::fs::read_entries;
-use crate::sys::process::{pidfd_getfd, pidfd_open_thread};
+use crate::sys::process::{Compared, compare, pidfd_getfd, pidfd_open_thread};
 
 /// Of fdinfo, and of a directory's entries (chosen: 60 of those, and all of the former but long lists).
 const TEXT_BYTES: usize = 2048;
@@ -149,6 +151,57 @@ impl Ahead {
         let numbers = table.numbers()?;
         Ok((table, numbers))
     }
+}
+
+/// Descriptor tables, each known by a task that has it.
+#[derive(Debug, Default)]
+pub(super) struct Tables {
+    /// In kcmp's order, with the number of each.
+    known: Vec<(pid_t, usize)>,
+}
+
+impl Tables {
+    /// The number of a task's table, and whether no task before had it.
+    pub(super) fn number(&mut self, tid: pid_t) -> io::Result<(usize, bool)> {
+        match search(&self.known, |(known, _)| compare(*known, tid, Compared::Tables))? {
+            Ok(at) => Ok((self.known[at].1, false)),
+            Err(at) => {
+                let number = self.known.len();
+                self.known.insert(at, (tid, number));
+                Ok((number, true))
+            }
+        }
+    }
+}
+
+/// A thread that does not share what threads of a process share, and what that is.
+pub(super) fn unshared(process: &Process) -> io::Result<Option<(pid_t, &'static str)>> {
+    let tid = process.threads.first().map_or(process.pid, |thread| thread.tid);
+    for thread in process.threads.iter().skip(1) {
+        for (what, name) in [(Compared::Tables, "a descriptor table"), (Compared::Places, "a working directory")] {
+            if compare(tid, thread.tid, what)? != Ordering::Equal {
+                return Ok(Some((thread.tid, name)));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// Where in a sorted list something is, or where it belongs.
+pub(super) fn search<T>(
+    sorted: &[T],
+    mut compare: impl FnMut(&T) -> io::Result<Ordering>,
+) -> io::Result<Result<usize, usize>> {
+    let (mut low, mut high) = (0, sorted.len());
+    while low < high {
+        let middle = usize::midpoint(low, high);
+        match compare(&sorted[middle])? {
+            Ordering::Equal => return Ok(Ok(middle)),
+            Ordering::Less => low = middle + 1,
+            Ordering::Greater => high = middle,
+        }
+    }
+    Ok(Err(low))
 }
 
 /// The names of directory entries (`struct linux_dirent64`).

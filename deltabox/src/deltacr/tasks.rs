@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use libc::pid_t;
 
@@ -71,6 +72,25 @@ pub(super) fn reread_stat(stat: &File) -> io::Result<Option<Stat>> {
     let Some(len_bytes) = none_if_gone(stat.read_at(&mut bytes, 0))? else { return Ok(None) };
     let text = String::from_utf8_lossy(&bytes[..len_bytes]);
     parse_stat(&text).map(Some).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not a stat line"))
+}
+
+/// How long a process that was killed may take to end (chosen: it needs a CPU and microseconds).
+const END_PATIENCE: Duration = Duration::from_millis(100);
+
+/// Whether a process has been killed, which is why something about it failed: waits for its end if it is about to.
+pub(super) fn is_over(pid: pid_t) -> bool {
+    let has_ended = || {
+        read_stat(pid, pid).is_ok_and(|stat| stat.is_none_or(|stat| matches!(stat.state, 'Z' | 'X')))
+            && scan_threads(pid).is_ok_and(|threads| threads.len() <= 1)
+    };
+    let end = Instant::now() + END_PATIENCE;
+    while !has_ended() {
+        if Instant::now() >= end {
+            return false;
+        }
+        std::thread::yield_now();
+    }
+    true
 }
 
 /// Who traces a thread, 0 for nobody.
