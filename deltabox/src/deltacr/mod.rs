@@ -4,6 +4,7 @@
 
 mod alarm;
 mod area;
+pub mod descriptors;
 mod error;
 mod fdinfo;
 mod frame;
@@ -12,9 +13,12 @@ mod handover;
 mod helper;
 pub mod inject;
 mod interrupted;
+mod locks;
 mod marker;
 mod place;
+mod position;
 pub mod rebase;
+mod reopen;
 mod rseq;
 pub mod state;
 pub mod stop;

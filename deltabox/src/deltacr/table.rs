@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 
 use libc::pid_t;
@@ -52,6 +52,19 @@ pub(super) enum Link {
 const PLAIN: [&[u8]; 5] =
     [b"pipe:[", b"anon_inode:[eventfd]", b"anon_inode:[timerfd]", b"anon_inode:[signalfd]", b"anon_inode:[pidfd]"];
 
+impl Link {
+    /// Sorts the text of a link.
+    pub(super) fn of(text: &[u8]) -> Self {
+        match text {
+            [b'/', ..] => Self::Path(text.to_vec()),
+            // Only a path can be longer than PATH_MAX.
+            [] => Self::TooLong,
+            bytes if PLAIN.iter().any(|plain| bytes.starts_with(plain)) => Self::Plain,
+            _ => Self::Other,
+        }
+    }
+}
+
 impl Table {
     fn open(pid: pid_t, tid: pid_t) -> io::Result<Self> {
         let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
@@ -59,6 +72,13 @@ impl Table {
         let open = |name: &CStr| openat(&task, name, flags, Mode::empty());
         let (links, infos) = (open(c"fd")?, open(c"fdinfo")?);
         Ok(Self { tid, task, links, infos, pidfd: pidfd_open_thread(tid)?, text: vec![0; TEXT_BYTES] })
+    }
+
+    /// With the numbers in use.
+    pub(super) fn open_with_numbers(pid: pid_t, tid: pid_t) -> io::Result<(Self, Vec<i32>)> {
+        let mut table = Self::open(pid, tid)?;
+        let numbers = table.numbers()?;
+        Ok((table, numbers))
     }
 
     /// The task's directory.
@@ -91,16 +111,15 @@ impl Table {
     }
 
     pub(super) fn link(&self, number: i32) -> io::Result<Link> {
-        let link = match readlinkat(&self.links, number.to_string().as_str()) {
-            // Only a path can be longer than PATH_MAX.
-            Err(Errno::ENAMETOOLONG) => return Ok(Link::TooLong),
-            link => link?,
-        };
-        Ok(match link.as_bytes() {
-            [b'/', ..] => Link::Path(link.into_vec()),
-            bytes if PLAIN.iter().any(|plain| bytes.starts_with(plain)) => Link::Plain,
-            _ => Link::Other,
-        })
+        Ok(Link::of(&self.link_text(number)?))
+    }
+
+    /// What a descriptor's link says; nothing where that is a path longer than the kernel tells.
+    pub(super) fn link_text(&self, number: i32) -> io::Result<Vec<u8>> {
+        match readlinkat(&self.links, number.to_string().as_str()) {
+            Err(Errno::ENAMETOOLONG) => Ok(Vec::new()),
+            link => Ok(link?.into_vec()),
+        }
     }
 
     pub(super) fn info(&mut self, number: i32) -> io::Result<FdInfo> {
@@ -147,9 +166,7 @@ impl Ahead {
                 return Ok((table, numbers));
             }
         }
-        let mut table = Table::open(pid, tid)?;
-        let numbers = table.numbers()?;
-        Ok((table, numbers))
+        Table::open_with_numbers(pid, tid)
     }
 }
 

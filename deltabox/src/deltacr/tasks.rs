@@ -93,6 +93,14 @@ pub(super) fn is_over(pid: pid_t) -> bool {
     true
 }
 
+/// A process's number in its own PID namespace.
+pub(super) fn pid_inside(pid: pid_t) -> io::Result<pid_t> {
+    let text = fs::read(format!("/proc/{pid}/status"))?;
+    let text = String::from_utf8_lossy(&text);
+    let own = text.lines().find_map(|line| line.strip_prefix("NSpid:")?.split_ascii_whitespace().last()?.parse().ok());
+    own.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
 /// Who traces a thread, 0 for nobody.
 pub(super) fn read_tracer(pid: pid_t, tid: pid_t) -> io::Result<Option<pid_t>> {
     let Some(text) = none_if_gone(fs::read(format!("/proc/{pid}/task/{tid}/status")))? else { return Ok(None) };

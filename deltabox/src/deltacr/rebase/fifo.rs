@@ -12,8 +12,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, tee};
 
-use super::open::{file_error, reopen};
+use super::open::file_error;
 use super::{Description, Kind, RebaseError};
+use crate::deltacr::reopen::reopen;
 use crate::sandbox::root::Root;
 use crate::sys::stat::stat;
 

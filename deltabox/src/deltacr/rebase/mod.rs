@@ -19,7 +19,6 @@ mod gifts;
 mod give;
 mod listener;
 mod open;
-mod position;
 mod unlinked;
 mod watcher;
 

@@ -1,0 +1,103 @@
+//! What processes hold: every descriptor of every one of them, read at a checkpoint, given back at a rollback.
+//!
+//! ```text
+//!  checkpoint   Held::read    stopped: tables, each open file description once, working directories, locks
+//!  rollback     Held::open    each description made again on the next root, by the engine; nothing has changed yet
+//!               Opened::give  per process: all it has is closed; what it had goes to its number
+//! ```
+//! A description is one object, however many descriptors of however many processes lead to it (kcmp tells), so sharing
+//! survives. What leads out of the sandbox (the streams of a command, whose other ends init or the engine hold) is not
+//! made again: whoever still has it gives a copy.
+//!
+//! Records name files by their path inside; they mean something together with the layers of their checkpoint alone.
+
+mod error;
+mod give;
+mod open;
+mod read;
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+
+use libc::pid_t;
+use serde::{Deserialize, Serialize};
+
+pub use error::{DescriptorError, DescriptorRefusal};
+pub use open::Opened;
+pub use read::Outside;
+
+use super::fdinfo::Lock;
+
+/// All that the processes of a sandbox hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    descriptions: Vec<Description>,
+    tables: Vec<Vec<Slot>>,
+    /// By PID inside.
+    seats: BTreeMap<pid_t, Seat>,
+}
+
+/// One process's part.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Seat {
+    /// Which table is its.
+    table: usize,
+    cwd: Cwd,
+    /// Locks of the process (fcntl(2)), and the description whose file they are on.
+    locks: Vec<(usize, Lock)>,
+}
+
+/// A working directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Cwd {
+    /// In the tree.
+    Tree { path: CString },
+    /// On another mount of the sandbox.
+    Mount { path: CString },
+    /// It had been removed.
+    Gone,
+}
+
+/// A descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Slot {
+    number: i32,
+    close_on_exec: bool,
+    description: usize,
+}
+
+/// An open file description.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Description {
+    /// As open(2) takes them, without `O_CLOEXEC`.
+    flags: i32,
+    /// Bytes; of a directory: its own.
+    position: i64,
+    what: What,
+}
+
+/// What is behind it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum What {
+    /// A file of the tree.
+    File {
+        path: CString,
+        /// `S_IFREG` and so on.
+        kind: u32,
+        /// Of the description.
+        locks: Vec<Lock>,
+        /// Of a directory that is being read: the names that its reader has not been given yet.
+        unread: Option<Vec<Vec<u8>>>,
+    },
+    /// A file of another mount of the sandbox: a device, something in `/proc`.
+    Mount { path: CString },
+    /// Something whose other end is outside; what its link in `/proc/PID/fd` says.
+    Outside { link: Vec<u8> },
+}
+
+impl Held {
+    /// Open file descriptions, of all processes together.
+    pub fn n_descriptions(&self) -> usize {
+        self.descriptions.len()
+    }
+}
