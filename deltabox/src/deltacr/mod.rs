@@ -15,6 +15,7 @@ pub mod inject;
 mod interrupted;
 mod locks;
 mod marker;
+pub mod moment;
 mod place;
 mod position;
 pub mod rebase;

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use libc::pid_t;
 
+use super::moment::Identity;
+
 /// The fields of `/proc/PID/task/TID/stat` that matter here. Signal sets hold signals 1 to 31, bit `n - 1`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stat {
@@ -99,6 +101,47 @@ pub(super) fn pid_inside(pid: pid_t) -> io::Result<pid_t> {
     let text = String::from_utf8_lossy(&text);
     let own = text.lines().find_map(|line| line.strip_prefix("NSpid:")?.split_ascii_whitespace().last()?.parse().ok());
     own.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// A process and its parent, by their numbers inside.
+pub(super) fn read_identity(host: pid_t) -> io::Result<Identity> {
+    let text = fs::read(format!("/proc/{host}/stat"))?;
+    let text = String::from_utf8_lossy(&text);
+    let fields: Vec<&str> = text[text.rfind(')').map_or(0, |at| at + 1)..].split_ascii_whitespace().collect();
+    // Numbers of proc_pid_stat(5); the third is the first here.
+    let field = |number: usize| fields.get(number - 3).copied().ok_or(io::ErrorKind::InvalidData);
+    let invalid = |_| io::ErrorKind::InvalidData;
+    let parent: pid_t = field(4)?.parse().map_err(invalid)?;
+    let start = field(22)?.parse().map_err(invalid)?;
+    // A parent in another namespace has no number here.
+    let parent = if parent == 0 { 0 } else { pid_inside(parent)? };
+    Ok(Identity { inside: pid_inside(host)?, parent, host, start })
+}
+
+/// A child of a process.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Child {
+    /// In its own PID namespace.
+    pub(super) inside: pid_t,
+    /// It has ended and nobody has asked for its status.
+    pub(super) is_zombie: bool,
+}
+
+/// The children of all threads of a process.
+pub(super) fn scan_children(pid: pid_t) -> io::Result<Vec<Child>> {
+    let mut children = Vec::new();
+    for tid in scan_threads(pid)? {
+        let Some(text) = none_if_gone(fs::read_to_string(format!("/proc/{pid}/task/{tid}/children")))? else {
+            continue;
+        };
+        for child in text.split_ascii_whitespace().filter_map(|number| number.parse::<pid_t>().ok()) {
+            let Some(stat) = read_stat(child, child)? else { continue };
+            if let Some(inside) = none_if_gone(pid_inside(child))? {
+                children.push(Child { inside, is_zombie: stat.state == 'Z' });
+            }
+        }
+    }
+    Ok(children)
 }
 
 /// Who traces a thread, 0 for nobody.

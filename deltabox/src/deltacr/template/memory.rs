@@ -184,6 +184,7 @@ mod tests {
             name: String::new(),
             advice: Default::default(),
             anonymous_bytes: 0,
+            in_tree: false,
         };
         let mut mappings = vec![whole];
         without(&mut mappings, &(0x3000..0x5000));

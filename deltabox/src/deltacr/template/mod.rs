@@ -33,6 +33,6 @@ pub use make::{Numbers, Request};
 pub use mapping::{Advice, Mapping, read_smaps};
 pub use memory::{Memory, Outline, Sections};
 pub use remove::Template;
-pub use restore::{Past, Report, restore_in_place};
+pub use restore::{Past, Report, Tree, restore_in_place};
 pub use source::Source;
 pub use threads::Threads;

@@ -86,7 +86,8 @@ pub(super) fn whole(pid: pid_t, was: &Mapping) -> Result<Vec<(Range<u64>, Step)>
 }
 
 fn refuse_lost(pid: pid_t, was: &Mapping) -> Result<(), TemplateRefusal> {
-    if was.is_kernels() || was.has(Advice::SharedWritable) || was.has(Advice::Special) || was.name == "[stack]" {
+    let is_elsewhere = was.has(Advice::SharedWritable) && !was.in_tree;
+    if was.is_kernels() || is_elsewhere || was.has(Advice::Special) || was.name == "[stack]" {
         return Err(lost(pid, was));
     }
     Ok(())
@@ -189,6 +190,7 @@ mod tests {
             name: String::new(),
             advice: Default::default(),
             anonymous_bytes: 0,
+            in_tree: false,
         }
     }
 

@@ -25,6 +25,7 @@ use super::wares::Wares;
 use crate::deltacr::handover::call;
 use crate::deltacr::inject::{Call, Hand};
 use crate::deltacr::stop::Stopped;
+use crate::sandbox::root::Root;
 
 /// So often the mappings are looked at again (chosen: one look more than any known cause needs).
 const N_ATTEMPTS: usize = 3;
@@ -66,6 +67,19 @@ pub struct Past<'a> {
     /// Somebody has watched that no mapping has been advised, locked or unlocked since (mprotect, mmap and the like do
     /// not matter). The kernel walks all pages to tell that.
     pub advice_is_unchanged: bool,
+    /// Where files of the sandbox's tree are that it maps shared.
+    pub tree: Option<Tree<'a>>,
+}
+
+/// The tree of files, then and now.
+#[derive(Clone, Copy, Debug)]
+pub struct Tree<'a> {
+    /// Its device at the checkpoint, as the kernel numbers it.
+    pub then: u64,
+    /// That which the process has its files from before the return.
+    pub now: u64,
+    /// What it is to have them from.
+    pub root: &'a Root,
 }
 
 /// Gives a stopped process the memory and the registers again that it had.
@@ -75,11 +89,11 @@ pub struct Past<'a> {
 /// be, and must not be let go.
 pub fn restore_in_place(stopped: &mut Stopped, pid: pid_t, past: &Past<'_>) -> Result<Report, TemplateError> {
     let begin = Instant::now();
-    let Past { memory, source, threads, advice_is_unchanged } = *past;
+    let Past { memory, source, threads, advice_is_unchanged, tree } = *past;
     threads.check(stopped, pid)?;
     let mut report = Report { n_threads: threads.n_threads(), ..Report::default() };
     let mut hand = stopped.hand(pid)?;
-    let room = Room { pid, area: hand.area(), memory, advice_is_unchanged };
+    let room = Room { pid, area: hand.area(), memory, advice_is_unchanged, tree };
     room.put_mappings(&mut hand, source, &mut report)?;
     report.mappings = begin.elapsed();
     let begin = Instant::now();
@@ -110,18 +124,25 @@ struct Room<'a> {
     area: Range<u64>,
     memory: &'a Memory,
     advice_is_unchanged: bool,
+    tree: Option<Tree<'a>>,
 }
 
 impl Room<'_> {
     fn wanted(&self) -> Vec<Mapping> {
         let mut wanted = self.memory.mappings.clone();
         without(&mut wanted, &self.area);
+        if let Some(tree) = self.tree {
+            Mapping::mark_tree(&mut wanted, &[tree.then]);
+        }
         wanted
     }
 
     fn present(&self) -> Result<Vec<Mapping>, TemplateError> {
         let read = if self.advice_is_unchanged { read_maps } else { read_smaps };
         let mut present = read(self.pid).map_err(process("read the mappings of", self.pid))?;
+        if let Some(tree) = self.tree {
+            Mapping::mark_tree(&mut present, &[tree.now, tree.root.dev()]);
+        }
         if self.advice_is_unchanged {
             for one in &mut present {
                 let was = covering(&self.memory.mappings, one.start).filter(|was| was.shows_the_same(one));
@@ -178,7 +199,7 @@ impl Room<'_> {
     ) -> Result<(), TemplateError> {
         let pid = self.pid;
         // The descriptors first: without room for them nothing has changed yet.
-        let wares = Wares::give(hand, source, steps)?;
+        let wares = Wares::give(hand, source, steps, self.tree.map(|tree| tree.root))?;
         let mut calls = Vec::new();
         let unmaps = steps.iter().take_while(|(_, step)| *step == Step::Unmap).count();
         for (range, _) in &steps[..unmaps] {

@@ -1,16 +1,21 @@
 //! Files that a process has to map again, handed to it: from the template's own mappings of them.
 
+use std::ffi::CString;
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 
+use nix::fcntl::OFlag;
+
 use super::error::{TemplateError, TemplateRefusal, check};
-use super::mapping::{Mapping, read_maps};
+use super::mapping::{Advice, Mapping, read_maps};
 use super::plan::{Step, covering};
 use super::restore::unopened;
 use super::source::Source;
 use crate::deltacr::handover::call;
 use crate::deltacr::inject::{Call, Hand};
+use crate::sandbox::root::Root;
 use crate::sys::process::{pidfd_getfd, pidfd_open_thread};
 use crate::sys::socket::send_with_fds;
 
@@ -40,6 +45,7 @@ impl Wares {
         hand: &mut Hand<'_>,
         source: &Source,
         steps: &[(Range<u64>, Step)],
+        tree: Option<&Root>,
     ) -> Result<Self, TemplateError> {
         let pid = hand.pid();
         let mut files: Vec<(u64, File)> = Vec::new();
@@ -51,6 +57,10 @@ impl Wares {
         for (_, step) in steps {
             let Step::Map(mapping) = step else { continue };
             if !mapping.has_file() || files.iter().any(|(start, _)| *start == mapping.start) {
+                continue;
+            }
+            if let Some(root) = tree.filter(|_| mapping.in_tree) {
+                files.push((mapping.start, open_in(root, mapping).map_err(unopened(pid))?));
                 continue;
             }
             let Some(copy) = covering(&there, mapping.start).filter(|copy| copy.shows_the_same(mapping)) else {
@@ -116,4 +126,12 @@ impl Wares {
         let numbers = self.files.iter().map(|(_, number)| *number).chain(self.others.iter().copied());
         numbers.map(|number| call(libc::SYS_close, &[i64::from(number).cast_unsigned()])).collect()
     }
+}
+
+/// Opens a file of the tree as it was open for the mapping.
+fn open_in(root: &Root, mapping: &Mapping) -> io::Result<File> {
+    let is_written = mapping.has(Advice::SharedWritable);
+    let flags = if is_written { OFlag::O_RDWR } else { OFlag::O_RDONLY };
+    let path = CString::new(mapping.name.as_bytes())?;
+    Ok(File::from(root.open(&path, flags)?))
 }

@@ -1,0 +1,115 @@
+//! Coming back to a moment.
+
+use std::collections::BTreeSet;
+
+use libc::pid_t;
+
+use super::error::{MomentError, process};
+use super::plan::{How, Live, Plan, plan};
+use super::{Identity, Moment, Past, end};
+use crate::deltacr::descriptors::Opened;
+use crate::deltacr::stop::Stopped;
+use crate::deltacr::tasks::read_identity;
+use crate::deltacr::template::{self, Source, Tree, restore_in_place};
+use crate::fault;
+use crate::sandbox::root::Root;
+
+/// The way back of stopped processes.
+#[derive(Debug)]
+pub struct Return<'a> {
+    moment: &'a Moment,
+    plan: Plan,
+    opened: Opened<'a>,
+    sources: Vec<Source>,
+}
+
+impl<'a> Return<'a> {
+    /// Finds out what is to be done, and opens all that it takes: files on `to`.
+    ///
+    /// # Errors
+    /// Nothing has changed.
+    pub fn prepare(stopped: &Stopped, moment: &'a Moment, to: &Root, init: pid_t) -> Result<Self, MomentError> {
+        if let Some(inside) = moment.lost_template() {
+            return Err(MomentError::Lost { inside });
+        }
+        let mut live = Vec::with_capacity(stopped.processes().len());
+        for one in stopped.processes() {
+            live.push(Live { identity: read_identity(one.pid).map_err(process("identify", one.pid))? });
+        }
+        let past: Vec<Identity> = moment.processes.iter().map(|past| past.identity).collect();
+        let plan = plan(&past, &live);
+        if let Some((inside, what)) = plan.missing.first() {
+            return Err(MomentError::Missing { inside: *inside, what });
+        }
+        for (identity, How::InPlace) in &plan.back {
+            if let Some(past) = moment.past(identity.inside) {
+                past.threads.check(stopped, identity.host)?;
+            }
+        }
+        let open =
+            |past: &Past| Source::of(&past.template).map_err(process("open the template of", past.identity.inside));
+        let sources = moment.processes.iter().map(open).collect::<Result<_, _>>()?;
+        let opened = moment.held.open(stopped, to, init)?;
+        fault::point("moment.prepare").map_err(process("prepare the return of", 0))?;
+        Ok(Self { moment, plan, opened, sources })
+    }
+
+    /// Host PIDs of the processes that stay.
+    pub fn staying(&self) -> Vec<pid_t> {
+        self.plan.back.iter().map(|(identity, How::InPlace)| identity.host).collect()
+    }
+
+    /// What becomes of whom.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Ends who has to go.
+    ///
+    /// # Errors
+    /// There is no way but on: some have ended.
+    pub fn end(&self, stopped: &mut Stopped) -> Result<(), MomentError> {
+        end::end_all(stopped, &self.plan.ending)
+    }
+
+    /// Gives all processes what they had; `now` is the root that they came from, `to` the one that they are on.
+    ///
+    /// # Errors
+    /// Some are neither what they were nor what they should be.
+    pub fn restore(&self, stopped: &mut Stopped, now: u64, to: &Root) -> Result<(), MomentError> {
+        let mut tables = BTreeSet::new();
+        for (identity, How::InPlace) in &self.plan.back {
+            let Some((past, source)) = self.past(identity.inside) else { continue };
+            fault::point("moment.restore").map_err(process("restore", identity.host))?;
+            end::reap_children(stopped, identity.host, &[])?;
+            let tree = Tree { then: self.moment.tree, now, root: to };
+            let what = template::Past {
+                memory: &past.memory,
+                source,
+                threads: &past.threads,
+                advice_is_unchanged: false,
+                tree: Some(tree),
+            };
+            restore_in_place(stopped, identity.host, &what)?;
+            let with_table = self.opened.table(identity.inside).is_some_and(|table| tables.insert(table));
+            self.opened.give(stopped, identity.host, identity.inside, with_table)?;
+        }
+        // Last: what happened so far may have made signals.
+        for (identity, How::InPlace) in &self.plan.back {
+            if let Some((past, _)) = self.past(identity.inside) {
+                past.signals.put_back(stopped, identity.host)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn past(&self, inside: pid_t) -> Option<(&Past, &Source)> {
+        self.moment.processes.iter().zip(&self.sources).find(|(past, _)| past.identity.inside == inside)
+    }
+}
+
+impl Moment {
+    fn past(&self, inside: pid_t) -> Option<&Past> {
+        self.processes.iter().find(|past| past.identity.inside == inside)
+    }
+}

@@ -1,0 +1,157 @@
+//! Taking a moment.
+
+use std::path::Path;
+use std::time::Duration;
+
+use libc::pid_t;
+
+use super::error::{MomentError, process};
+use super::{Identity, Moment, Past};
+use crate::deltacr::descriptors::{Held, Outside};
+use crate::deltacr::state::Signals;
+use crate::deltacr::stop::Stopped;
+use crate::deltacr::table::Ahead;
+use crate::deltacr::tasks::read_identity;
+use crate::deltacr::template::{Freezer, Outline, Request, Template, TemplateError, Threads};
+use crate::fault;
+use crate::sandbox::root::Root;
+
+/// How long a template that is of no use may take to end (chosen: it needs microseconds and a CPU).
+const END_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Where a moment is taken.
+#[derive(Clone, Copy, Debug)]
+pub struct Ground<'a> {
+    /// The root of the processes.
+    pub root: &'a Root,
+    /// Host PID of the sandbox's init: it will be the templates' parent.
+    pub init: pid_t,
+    /// What leads out of the sandbox.
+    pub outside: &'a Outside,
+    /// The cgroup above those of the processes; those of the templates are made in it.
+    pub group: &'a Path,
+    /// With what the names of the templates' cgroups begin.
+    pub prefix: &'a str,
+}
+
+/// A moment of which something has still to be read.
+#[derive(Debug)]
+pub struct Draft {
+    held: Held,
+    processes: Vec<Sketch>,
+    tree: u64,
+}
+
+#[derive(Debug)]
+struct Sketch {
+    identity: Identity,
+    template: Template,
+    outline: Outline,
+    threads: Threads,
+    signals: Signals,
+}
+
+impl Draft {
+    /// Takes what is there while all processes are stopped.
+    ///
+    /// # Errors
+    /// All processes are as they were, and no template is left.
+    pub fn take(stopped: &mut Stopped, ground: &Ground<'_>, ahead: Ahead) -> Result<Self, MomentError> {
+        let held = Held::read(stopped, ground.root, ground.outside, ahead)?;
+        let mut identities = Vec::with_capacity(stopped.processes().len());
+        for one in stopped.processes() {
+            identities.push(read_identity(one.pid).map_err(process("identify", one.pid))?);
+        }
+        let mut draft = Self { held, processes: Vec::with_capacity(identities.len()), tree: ground.root.dev() };
+        for identity in parents_first(&identities) {
+            match sketch(stopped, ground, identity) {
+                Ok(sketch) => draft.processes.push(sketch),
+                Err(error) => {
+                    draft.discard();
+                    return Err(error);
+                }
+            }
+        }
+        Ok(draft)
+    }
+
+    /// Reads the rest. The processes may run meanwhile.
+    ///
+    /// # Errors
+    /// A template is gone; the others are removed.
+    pub fn complete(self) -> Result<Moment, MomentError> {
+        let mut processes = Vec::with_capacity(self.processes.len());
+        let mut rest = self.processes.into_iter();
+        for Sketch { identity, template, outline, threads, signals } in rest.by_ref() {
+            match outline.complete(&template) {
+                Ok(memory) => processes.push(Past { identity, template, memory, threads, signals }),
+                Err(error) => {
+                    let made = processes.into_iter().map(|past: Past| past.template);
+                    let failed = remove_all(made.chain([template]).chain(rest.map(|sketch| sketch.template)));
+                    if let Err(error) = failed {
+                        tracing::error!(%error, "a template of no use stays");
+                    }
+                    return Err(error.into());
+                }
+            }
+        }
+        Ok(Moment { held: self.held, processes, tree: self.tree })
+    }
+
+    /// Removes the templates.
+    pub fn discard(self) {
+        if let Err(error) = remove_all(self.processes.into_iter().map(|sketch| sketch.template)) {
+            tracing::error!(%error, "a template of no use stays");
+        }
+    }
+}
+
+/// All, whichever fail.
+pub(super) fn remove_all(templates: impl Iterator<Item = Template>) -> Result<(), TemplateError> {
+    let removed = templates.map(|template| template.remove(END_PATIENCE));
+    removed.fold(Ok(()), Result::and)
+}
+
+fn sketch(stopped: &mut Stopped, ground: &Ground<'_>, identity: Identity) -> Result<Sketch, MomentError> {
+    let pid = identity.host;
+    fault::point("moment.take").map_err(process("take", pid))?;
+    let threads = Threads::read(stopped, pid)?;
+    let signals = Signals::read(stopped, pid)?;
+    let freezer = Freezer::create(ground.group, &format!("{}{}", ground.prefix, identity.inside))?;
+    let request = Request { keeper: Some(ground.init), ..Request::default() };
+    let (template, outline) = Template::make(stopped, pid, freezer, &request)?;
+    Ok(Sketch { identity, template, outline, threads, signals })
+}
+
+/// Who has no parent among them first, then those whose parents are there, and so on.
+fn parents_first(identities: &[Identity]) -> Vec<Identity> {
+    let mut sorted: Vec<Identity> = Vec::with_capacity(identities.len());
+    let mut rest = identities.to_vec();
+    while !rest.is_empty() {
+        let waiting: Vec<pid_t> = rest.iter().map(|one| one.inside).collect();
+        let (ready, later): (Vec<_>, Vec<_>) = rest.into_iter().partition(|one| !waiting.contains(&one.parent));
+        if ready.is_empty() {
+            // No tree: what the kernel never shows.
+            sorted.extend(later);
+            break;
+        }
+        sorted.extend(ready);
+        rest = later;
+    }
+    sorted
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parents_come_before_children_however_they_are_listed() {
+        let one = |inside, parent| Identity { inside, parent, host: inside + 1000, start: 1 };
+        let sorted = parents_first(&[one(9, 7), one(7, 5), one(8, 1), one(5, 1)]);
+        let inside: Vec<_> = sorted.iter().map(|one| one.inside).collect();
+        assert_eq!(inside, [8, 5, 7, 9]);
+        // Whatever that may be, it ends.
+        assert_eq!(parents_first(&[one(2, 3), one(3, 2)]).len(), 2);
+    }
+}
