@@ -103,6 +103,7 @@ mod tests {
             n_processes: 0,
             n_threads: 0,
             n_descriptions: 0,
+            memory_bytes: 0,
         };
         TreeNode { checkpoint, n_layers: 0, own_bytes: 0, shared_bytes: 0, damage: None }
     }

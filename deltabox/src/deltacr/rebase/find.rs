@@ -32,11 +32,34 @@ impl Plan {
     /// # Errors
     /// Nothing has been changed.
     pub fn make(stopped: &Stopped, root: &Root, from: &Root, ahead: Ahead) -> Result<Self, RebaseError> {
+        Self::look(stopped, root, from, ahead, None)
+    }
+
+    /// The same for the mappings of the processes in `pids` alone: all else of theirs is replaced in another way.
+    ///
+    /// # Errors
+    /// Nothing has been changed.
+    pub fn of_mappings(stopped: &Stopped, from: &Root, pids: &[pid_t]) -> Result<Self, RebaseError> {
+        Self::look(stopped, from, from, Ahead::default(), Some(pids))
+    }
+
+    fn look(
+        stopped: &Stopped,
+        root: &Root,
+        from: &Root,
+        ahead: Ahead,
+        mappings_of: Option<&[pid_t]>,
+    ) -> Result<Self, RebaseError> {
         let (tables, known, descriptions) = Default::default();
         let mut finder = Finder { root, from, ahead, tables, known, descriptions };
         let mut seats = Vec::new();
         for process in stopped.processes() {
-            let seat = match finder.seat(process) {
+            let seat = match mappings_of {
+                Some(pids) if !pids.contains(&process.pid) => continue,
+                Some(_) => finder.seat_of_mappings(process),
+                None => finder.seat(process),
+            };
+            let seat = match seat {
                 // Killed meanwhile: it has nothing any more.
                 Err(_) if is_over(process.pid) => continue,
                 other => other?,
@@ -114,6 +137,16 @@ impl Finder<'_> {
         let mappings = self.mappings(tid, &table).map_err(failed("find the mappings"))?;
         let Held { holdings, locks, epolls } = held;
         Ok(Seat { pid, tid, table, holdings, numbers, locks, epolls, cwd, mappings })
+    }
+
+    fn seat_of_mappings(&mut self, process: &Process) -> Result<Seat, RebaseError> {
+        let pid = process.pid;
+        let tid = process.threads.first().map_or(pid, |thread| thread.tid);
+        let failed = |op| move |source| RebaseError::Process { op, pid, source };
+        let (table, numbers) = self.ahead.take(pid, tid).map_err(failed("open the descriptors"))?;
+        let mappings = self.mappings(tid, &table).map_err(failed("find the mappings"))?;
+        let (holdings, locks, epolls) = Default::default();
+        Ok(Seat { pid, tid, table, holdings, numbers, locks, epolls, cwd: None, mappings })
     }
 
     fn check_root(&self, pid: pid_t, table: &Table) -> Result<(), RebaseError> {
