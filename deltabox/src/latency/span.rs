@@ -189,9 +189,9 @@ impl Span {
 
     /// How long the programs stood still: the phases from [`Phase::Stop`] to [`Phase::Resume`].
     pub fn stopped(&self) -> Duration {
-        use Phase::{Open, Pivot, Plan, Rebase, Resume, Seal, Stop};
-        let still = |phase: &Phase| matches!(phase, Stop | Plan | Open | Pivot | Rebase | Seal | Resume);
-        self.phases().iter().filter(|(phase, _)| still(phase)).map(|(_, took)| *took).sum()
+        let at = |phase| self.phases().iter().position(|(one, _)| *one == phase);
+        let (Some(first), Some(last)) = (at(Phase::Stop), at(Phase::Resume)) else { return Duration::ZERO };
+        self.phases().get(first..=last).unwrap_or_default().iter().map(|(_, took)| *took).sum()
     }
 
     /// From the beginning to the end of the last phase.

@@ -12,7 +12,7 @@ use crate::deltacr::state::Signals;
 use crate::deltacr::stop::Stopped;
 use crate::deltacr::table::Ahead;
 use crate::deltacr::tasks::read_identity;
-use crate::deltacr::template::{Freezer, Outline, Request, Template, TemplateError, Threads};
+use crate::deltacr::template::{Freezer, Outline, Request, Template, TemplateError, TemplateRefusal, Threads};
 use crate::fault;
 use crate::sandbox::root::Root;
 
@@ -120,6 +120,11 @@ fn sketch(stopped: &mut Stopped, ground: &Ground<'_>, identity: Identity) -> Res
     let freezer = Freezer::create(ground.group, &format!("{}{}", ground.prefix, identity.inside))?;
     let request = Request { keeper: Some(ground.init), ..Request::default() };
     let (template, outline) = Template::make(stopped, pid, freezer, &request)?;
+    if let Some(shared) = outline.shared_memory(ground.root.dev()) {
+        let refusal = TemplateRefusal::Mapping { pid, kind: "memory that it shares for writing", start: shared.start };
+        template.remove(END_PATIENCE)?;
+        return Err(TemplateError::from(refusal).into());
+    }
     Ok(Sketch { identity, template, outline, threads, signals })
 }
 

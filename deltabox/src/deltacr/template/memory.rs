@@ -8,7 +8,7 @@ use libc::pid_t;
 use serde::{Deserialize, Serialize};
 
 use super::error::{TemplateError, process};
-use super::mapping::{Mapping, parse_kilobytes, read_smaps};
+use super::mapping::{Advice, Mapping, parse_kilobytes, read_smaps};
 use super::remove::Template;
 
 /// What a process had mapped when its template was made.
@@ -76,6 +76,16 @@ impl Outline {
     /// The process.
     pub fn pid(&self) -> pid_t {
         self.pid
+    }
+
+    /// Memory that the process shares for writing and that the template does not have: the first of it that is not of a
+    /// file of the tree, whose device (the kernel's number of it) is `tree`.
+    pub fn shared_memory(&self, tree: u64) -> Option<&Mapping> {
+        let mut mappings = self.mappings.clone().unwrap_or_default();
+        Mapping::mark_tree(&mut mappings, &[tree]);
+        let is_shared = |one: &&Mapping| one.has(Advice::SharedWritable) && !one.in_tree;
+        let found = mappings.iter().position(|one| is_shared(&one))?;
+        self.mappings.as_ref()?.get(found)
     }
 
     /// The engine's area in it.
