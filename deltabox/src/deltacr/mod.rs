@@ -21,6 +21,7 @@ mod position;
 pub mod rebase;
 mod reopen;
 mod rseq;
+mod shared;
 pub mod state;
 pub mod stop;
 mod table;

@@ -81,6 +81,8 @@ pub(super) struct TakingGround<'a> {
     pub(super) group: &'a Path,
     /// With what the names of the templates' cgroups begin.
     pub(super) prefix: &'a str,
+    /// Where to put the content of shared memory.
+    pub(super) memory: &'a Path,
     /// What leads out of the sandbox.
     pub(super) outside: &'a Outside,
 }
@@ -247,8 +249,8 @@ fn move_all(
     let (n_processes, n_threads) = (stopped.processes().len(), stopped.n_threads());
     let mut take = |stopped: &mut Stopped, clock: &mut Span| -> Result<(), SwitchError> {
         let Some((ground, draft)) = &mut taken else { return Ok(()) };
-        let TakingGround { group, prefix, outside } = ground;
-        let ground = moment::Ground { root: from, init, outside, group, prefix };
+        let TakingGround { group, prefix, memory, outside } = ground;
+        let ground = moment::Ground { root: from, init, outside, group, prefix, memory };
         // An earlier attempt may have got further.
         if let Some(old) = draft.replace(Draft::take(stopped, &ground, Ahead::default())?) {
             old.discard();

@@ -32,7 +32,7 @@ impl Subject {
             source: &source,
             threads: &point.threads,
             advice_is_unchanged: false,
-            tree: None,
+            files: None,
         };
         self.0.group.stopped(|stopped| {
             let report = restore_in_place(stopped, pid, &past);

@@ -4,7 +4,7 @@ use deltabox_tests::worker::Worker;
 use deltabox_tests::{Host, skipped_without_root};
 use serde_json::json;
 
-use crate::{checkpoint, refusal, roll_back};
+use crate::{checkpoint, roll_back};
 
 fn start() -> Option<(Host, Worker)> {
     if skipped_without_root() {
@@ -104,13 +104,48 @@ os.kill(os.getpid(), signal.SIGHUP)",
 }
 
 #[test]
-fn memory_shared_for_writing_is_refused_and_the_program_goes_on() {
+fn memory_that_processes_share_goes_back_for_all_of_them() {
     let Some((host, mut worker)) = start() else { return };
-    worker.ask("import mmap; shared = mmap.mmap(-1, 4096); shared[:5] = b'first'");
-    assert!(refusal(&host).contains("shares for writing"));
+    worker.ask(
+        "import mmap, time
+shared = mmap.mmap(-1, 1 << 20); memfd = os.memfd_create('named'); os.truncate(memfd, 8192)
+named = mmap.mmap(memfd, 8192); os.lseek(memfd, 5, 0)
+shared[:5] = b'first'; shared[700000:700005] = b'later'; named[:3] = b'old'
+child = os.fork()
+if child == 0:
+    os.close(1)
+    while True:
+        # Answers in the shared memory itself, and keeps one word of its own.
+        if shared[100] == 1: shared[200:205] = shared[:5]; shared[205:208] = named[:3]; shared[100] = 2
+        time.sleep(0.001)
+def ask_child():
+    shared[100] = 1
+    while shared[100] != 2: time.sleep(0.001)
+    return shared[200:208].decode()",
+    );
+    assert_eq!(worker.ask("ask_child()"), "firstold");
+    let id = checkpoint(&host);
+    for change in [
+        "shared[:5] = b'other'; named[:3] = b'new'; shared[300000] = 7; shared[700000:700005] = bytes(5)",
+        "shared.close(); named.close(); os.close(memfd); shared = named = mmap.mmap(-1, 4096)",
+        "os.truncate(memfd, 4096); os.pwrite(memfd, b'new', 0); os.lseek(memfd, 0, 0)",
+        "shared.resize(1 << 19); named[:3] = b'new'",
+    ] {
+        for _ in 0..2 {
+            worker.ask(change);
+            roll_back(&host, &id);
+            let look = "[shared[:5].decode(), shared[700000:700005].decode(), shared[300000], named[:3].decode()]";
+            assert_eq!(worker.ask(look), json!(["first", "later", 0, "old"]), "after {change}");
+            assert_eq!(worker.ask("[os.lseek(memfd, 0, 1), os.fstat(memfd).st_size]"), json!([5, 8192]));
+            assert_eq!(worker.ask("shared[:5] = b'again'; os.pwrite(memfd, b'O', 0); ask_child()"), "againOld");
+            roll_back(&host, &id);
+        }
+    }
+    worker.ask("os.kill(child, 9); os.wait()");
+    let other = checkpoint(&host);
+    worker.ask("shared[:5] = b'other'");
+    roll_back(&host, &other);
     assert_eq!(worker.ask("shared[:5].decode()"), "first");
-    worker.ask("shared.close()");
-    checkpoint(&host);
     assert!(worker.end().success());
 }
 

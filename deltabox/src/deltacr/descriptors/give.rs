@@ -64,7 +64,7 @@ impl Opened<'_> {
     fn lock_calls(&self, seat: &Seat, slots: &[Slot]) -> Vec<LastCall> {
         let path = |description: usize| match &self.held.descriptions.get(description)?.what {
             What::File { path, .. } => Some(path),
-            What::Mount { .. } | What::Outside { .. } => None,
+            What::Mount { .. } | What::Memory { .. } | What::Outside { .. } => None,
         };
         let mut calls = Vec::new();
         let mut done = Vec::new();

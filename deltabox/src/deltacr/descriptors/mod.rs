@@ -27,6 +27,7 @@ pub use open::Opened;
 pub use read::Outside;
 
 use super::fdinfo::Lock;
+use super::shared::Key;
 
 /// All that the processes of a sandbox hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,6 +92,8 @@ enum What {
     },
     /// A file of another mount of the sandbox: a device, something in `/proc`.
     Mount { path: CString },
+    /// A memfd, whose content is kept apart.
+    Memory { key: Key },
     /// Something whose other end is outside; what its link in `/proc/PID/fd` says.
     Outside { link: Vec<u8> },
 }

@@ -13,6 +13,7 @@ use nix::unistd::{Whence, lseek};
 use super::read::is_numbered;
 use super::{Cwd, Description, DescriptorError, DescriptorRefusal, Held, What};
 use crate::deltacr::reopen::{OPENING, make_gone, reopen};
+use crate::deltacr::shared::Present;
 use crate::deltacr::stop::Stopped;
 use crate::deltacr::{locks, position};
 use crate::sandbox::root::Root;
@@ -37,11 +38,17 @@ impl Held {
     ///
     /// # Errors
     /// No process has been changed.
-    pub fn open(&self, stopped: &Stopped, to: &Root, init: pid_t) -> Result<Opened<'_>, DescriptorError> {
+    pub(in crate::deltacr) fn open(
+        &self,
+        stopped: &Stopped,
+        to: &Root,
+        init: pid_t,
+        memory: &Present<'_>,
+    ) -> Result<Opened<'_>, DescriptorError> {
         let failed = |source| DescriptorError::Process { op: "find the root", pid: init, source };
         let around = Root::of(init).map_err(failed)?;
         let mut donors = Donors::find(stopped, init, self);
-        let mut opener = Opener { to, around: &around, gone: None };
+        let mut opener = Opener { to, around: &around, memory, gone: None };
         let mut descriptions = Vec::with_capacity(self.descriptions.len());
         for description in &self.descriptions {
             descriptions.push(match &description.what {
@@ -60,6 +67,7 @@ impl Held {
 struct Opener<'a> {
     to: &'a Root,
     around: &'a Root,
+    memory: &'a Present<'a>,
     /// A directory that was removed.
     gone: Option<OwnedFd>,
 }
@@ -93,6 +101,13 @@ impl Opener<'_> {
                 Ok(new)
             }
             What::Mount { path } => self.on_mount(path, flags, *position),
+            What::Memory { key } => {
+                let failed = file_error("open", c"a memfd");
+                let file = self.memory.of(*key).ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
+                let new = reopen(file, flags).map_err(&failed)?;
+                lseek(&new, *position, Whence::SeekSet).map_err(|errno| failed(errno.into()))?;
+                Ok(new)
+            }
             What::Outside { .. } => Err(file_error("open", c"")(io::ErrorKind::Unsupported.into())),
         }
     }
@@ -146,7 +161,7 @@ impl Donors {
     fn find(stopped: &Stopped, init: pid_t, held: &Held) -> Self {
         let link = |one: &Description| match &one.what {
             What::Outside { link } => Some((link.clone(), Vec::new())),
-            What::File { .. } | What::Mount { .. } => None,
+            What::File { .. } | What::Mount { .. } | What::Memory { .. } => None,
         };
         let mut found: BTreeMap<Vec<u8>, Vec<(pid_t, i32)>> = held.descriptions.iter().filter_map(link).collect();
         if !found.is_empty() {

@@ -13,10 +13,10 @@ use nix::fcntl::readlinkat;
 use super::{Cwd, Description, DescriptorError, DescriptorRefusal, Held, Seat, Slot, What};
 use crate::deltacr::fdinfo::{FdInfo, Lock, Owner};
 use crate::deltacr::place::Place;
-use crate::deltacr::position;
 use crate::deltacr::stop::{Process, Stopped};
 use crate::deltacr::table::{Ahead, Link, Table, Tables, search, unshared};
 use crate::deltacr::tasks::pid_inside;
+use crate::deltacr::{position, shared};
 use crate::sandbox::root::Root;
 use crate::sys::process::{Compared, compare};
 use crate::sys::stat::{stat, stat_at};
@@ -52,17 +52,22 @@ pub(super) fn is_numbered(link: &[u8]) -> bool {
 }
 
 impl Held {
-    /// Reads what all stopped processes hold, whose root is `root`.
+    /// Reads what all stopped processes hold, whose root is `root`; and the memory that some of it leads to.
     ///
     /// # Errors
     /// Nothing has been changed.
-    pub fn read(stopped: &Stopped, root: &Root, outside: &Outside, ahead: Ahead) -> Result<Self, DescriptorError> {
-        let (tables, known, held) = Default::default();
-        let mut reader = Reader { root, outside, ahead, tables, known, held };
+    pub(in crate::deltacr) fn read(
+        stopped: &Stopped,
+        root: &Root,
+        outside: &Outside,
+        ahead: Ahead,
+    ) -> Result<(Self, Vec<shared::Found>), DescriptorError> {
+        let (tables, known, held, memory) = Default::default();
+        let mut reader = Reader { root, outside, ahead, tables, known, held, memory };
         for process in stopped.processes() {
             reader.seat(process)?;
         }
-        Ok(reader.held)
+        Ok((reader.held, reader.memory))
     }
 }
 
@@ -77,6 +82,7 @@ struct Reader<'a> {
     /// Descriptions that look alike, in kcmp's order: only those have to be compared.
     known: BTreeMap<(u64, i32, i64), Vec<Found>>,
     held: Held,
+    memory: Vec<shared::Found>,
 }
 
 impl Reader<'_> {
@@ -145,7 +151,7 @@ impl Reader<'_> {
     }
 
     fn description(
-        &self,
+        &mut self,
         (pid, number): (pid_t, i32),
         info: &FdInfo,
         table: &Table,
@@ -172,8 +178,16 @@ impl Reader<'_> {
                 let locks = info.locks.iter().copied().filter(|lock| lock.owner != Owner::Process).collect();
                 What::File { path: place.path, kind: look.kind(), locks, unread }
             }
-            // Neither a name that is gone, nor one that never was (`/memfd:x`).
-            Link::Path(path) if !path.ends_with(b" (deleted)") && !path.starts_with(b"/memfd:") => {
+            Link::Path(path) if path.starts_with(b"/memfd:") => {
+                let copy = table.copy(number).map_err(failed("copy a descriptor"))?;
+                let name = String::from_utf8_lossy(&path).into_owned();
+                let found = shared::Found::held(copy.as_fd(), name).map_err(failed("open a memfd"))?;
+                let key = found.key();
+                self.memory.push(found);
+                What::Memory { key }
+            }
+            // Not a name that is gone.
+            Link::Path(path) if !path.ends_with(b" (deleted)") => {
                 What::Mount { path: CString::new(path).map_err(|error| failed("name a file")(error.into()))? }
             }
             Link::TooLong => return Err(failed("find a file")(Errno::ENAMETOOLONG.into())),

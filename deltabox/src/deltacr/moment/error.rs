@@ -37,6 +37,14 @@ pub enum MomentError {
         /// The kernel's word.
         source: io::Error,
     },
+    /// Memory that processes share.
+    #[error("{op} shared memory: {source}")]
+    Shared {
+        /// What was being done.
+        op: &'static str,
+        /// The kernel's word.
+        source: io::Error,
+    },
     /// A process of the checkpoint has ended since.
     #[error("process {inside} (inside) of the checkpoint {what}, and cannot be made again")]
     Missing {

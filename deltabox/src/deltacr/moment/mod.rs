@@ -25,8 +25,9 @@ pub use restore::Return;
 pub use take::{Draft, Ground};
 
 use super::descriptors::Held;
+use super::shared::SharedMemory;
 use super::state::Signals;
-use super::template::{Memory, Template, TemplateError, Threads};
+use super::template::{Memory, Template, Threads};
 
 /// All processes, as they were. Its templates live as long as their cgroups.
 #[derive(Debug)]
@@ -34,6 +35,7 @@ pub struct Moment {
     held: Held,
     /// Parents before children.
     processes: Vec<Past>,
+    shared: SharedMemory,
     /// The kernel's number of the device that the tree of files was on.
     tree: u64,
 }
@@ -80,7 +82,7 @@ impl Moment {
     /// Bytes of memory that are theirs, not of files (those that they share with each other counted once for each).
     pub fn memory_bytes(&self) -> u64 {
         let own = |past: &Past| past.memory.mappings.iter().map(|mapping| mapping.anonymous_bytes).sum::<u64>();
-        self.processes.iter().map(own).sum()
+        self.processes.iter().map(own).sum::<u64>() + self.shared.n_bytes()
     }
 
     /// The first template that is not there any more, by its process's PID inside.
@@ -93,8 +95,10 @@ impl Moment {
     ///
     /// # Errors
     /// The first failure; the others were removed.
-    pub fn remove(self) -> Result<(), TemplateError> {
+    pub fn remove(self) -> Result<(), MomentError> {
         let templates = self.processes.into_iter().map(|past| past.template);
-        take::remove_all(templates)
+        let removed = take::remove_all(templates);
+        let shared = self.shared.remove().map_err(|source| MomentError::Shared { op: "remove", source });
+        removed.map_err(MomentError::from).and(shared)
     }
 }

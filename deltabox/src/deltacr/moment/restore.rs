@@ -8,9 +8,10 @@ use super::error::{MomentError, process};
 use super::plan::{How, Live, Plan, plan};
 use super::{Identity, Moment, Past, end};
 use crate::deltacr::descriptors::Opened;
+use crate::deltacr::shared::Present;
 use crate::deltacr::stop::Stopped;
 use crate::deltacr::tasks::read_identity;
-use crate::deltacr::template::{self, Source, Tree, restore_in_place};
+use crate::deltacr::template::{self, Files, Source, Tree, restore_in_place};
 use crate::fault;
 use crate::sandbox::root::Root;
 
@@ -20,6 +21,7 @@ pub struct Return<'a> {
     moment: &'a Moment,
     plan: Plan,
     opened: Opened<'a>,
+    shared: Present<'a>,
     sources: Vec<Source>,
 }
 
@@ -49,9 +51,11 @@ impl<'a> Return<'a> {
         let open =
             |past: &Past| Source::of(&past.template).map_err(process("open the template of", past.identity.inside));
         let sources = moment.processes.iter().map(open).collect::<Result<_, _>>()?;
-        let opened = moment.held.open(stopped, to, init)?;
+        let staying: Vec<pid_t> = plan.back.iter().map(|(identity, How::InPlace)| identity.host).collect();
+        let shared = moment.shared.open(&staying).map_err(|source| MomentError::Shared { op: "find", source })?;
+        let opened = moment.held.open(stopped, to, init, &shared)?;
         fault::point("moment.prepare").map_err(process("prepare the return of", 0))?;
-        Ok(Self { moment, plan, opened, sources })
+        Ok(Self { moment, plan, opened, shared, sources })
     }
 
     /// Host PIDs of the processes that stay.
@@ -77,6 +81,7 @@ impl<'a> Return<'a> {
     /// # Errors
     /// Some are neither what they were nor what they should be.
     pub fn restore(&self, stopped: &mut Stopped, now: u64, to: &Root) -> Result<(), MomentError> {
+        self.shared.put_back().map_err(|source| MomentError::Shared { op: "put back", source })?;
         let mut tables = BTreeSet::new();
         for (identity, How::InPlace) in &self.plan.back {
             let Some((past, source)) = self.past(identity.inside) else { continue };
@@ -88,7 +93,7 @@ impl<'a> Return<'a> {
                 source,
                 threads: &past.threads,
                 advice_is_unchanged: false,
-                tree: Some(tree),
+                files: Some(Files { tree, shared: &self.shared }),
             };
             restore_in_place(stopped, identity.host, &what)?;
             let with_table = self.opened.table(identity.inside).is_some_and(|table| tables.insert(table));

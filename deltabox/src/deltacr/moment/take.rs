@@ -8,11 +8,12 @@ use libc::pid_t;
 use super::error::{MomentError, process};
 use super::{Identity, Moment, Past};
 use crate::deltacr::descriptors::{Held, Outside};
+use crate::deltacr::shared::{Found, SharedMemory};
 use crate::deltacr::state::Signals;
 use crate::deltacr::stop::Stopped;
 use crate::deltacr::table::Ahead;
 use crate::deltacr::tasks::read_identity;
-use crate::deltacr::template::{Freezer, Outline, Request, Template, TemplateError, TemplateRefusal, Threads};
+use crate::deltacr::template::{Freezer, Outline, Request, Template, TemplateError, Threads};
 use crate::fault;
 use crate::sandbox::root::Root;
 
@@ -32,6 +33,8 @@ pub struct Ground<'a> {
     pub group: &'a Path,
     /// With what the names of the templates' cgroups begin.
     pub prefix: &'a str,
+    /// Where to put the content of shared memory, a file that is not there yet.
+    pub memory: &'a Path,
 }
 
 /// A moment of which something has still to be read.
@@ -39,6 +42,7 @@ pub struct Ground<'a> {
 pub struct Draft {
     held: Held,
     processes: Vec<Sketch>,
+    shared: SharedMemory,
     tree: u64,
 }
 
@@ -57,12 +61,13 @@ impl Draft {
     /// # Errors
     /// All processes are as they were, and no template is left.
     pub fn take(stopped: &mut Stopped, ground: &Ground<'_>, ahead: Ahead) -> Result<Self, MomentError> {
-        let held = Held::read(stopped, ground.root, ground.outside, ahead)?;
+        let (held, memfds) = Held::read(stopped, ground.root, ground.outside, ahead)?;
         let mut identities = Vec::with_capacity(stopped.processes().len());
         for one in stopped.processes() {
             identities.push(read_identity(one.pid).map_err(process("identify", one.pid))?);
         }
-        let mut draft = Self { held, processes: Vec::with_capacity(identities.len()), tree: ground.root.dev() };
+        let (processes, shared) = (Vec::with_capacity(identities.len()), SharedMemory::default());
+        let mut draft = Self { held, processes, shared, tree: ground.root.dev() };
         for identity in parents_first(&identities) {
             match sketch(stopped, ground, identity) {
                 Ok(sketch) => draft.processes.push(sketch),
@@ -72,7 +77,23 @@ impl Draft {
                 }
             }
         }
+        match draft.read_shared(memfds, ground.memory) {
+            Ok(shared) => draft.shared = shared,
+            Err(source) => {
+                draft.discard();
+                return Err(MomentError::Shared { op: "copy", source });
+            }
+        }
         Ok(draft)
+    }
+
+    fn read_shared(&self, mut found: Vec<Found>, path: &Path) -> std::io::Result<SharedMemory> {
+        for Sketch { identity, outline, .. } in &self.processes {
+            for mapping in outline.shared_memory(self.tree) {
+                found.push(Found::mapped(identity.host, &mapping)?);
+            }
+        }
+        SharedMemory::read(&found, path)
     }
 
     /// Reads the rest. The processes may run meanwhile.
@@ -91,17 +112,22 @@ impl Draft {
                     if let Err(error) = failed {
                         tracing::error!(%error, "a template of no use stays");
                     }
+                    // As long as the template: there is none that it could go with.
+                    let _ = self.shared.remove();
                     return Err(error.into());
                 }
             }
         }
-        Ok(Moment { held: self.held, processes, tree: self.tree })
+        Ok(Moment { held: self.held, processes, shared: self.shared, tree: self.tree })
     }
 
     /// Removes the templates.
     pub fn discard(self) {
         if let Err(error) = remove_all(self.processes.into_iter().map(|sketch| sketch.template)) {
             tracing::error!(%error, "a template of no use stays");
+        }
+        if let Err(error) = self.shared.remove() {
+            tracing::error!(%error, "a copy of shared memory of no use stays");
         }
     }
 }
@@ -120,11 +146,6 @@ fn sketch(stopped: &mut Stopped, ground: &Ground<'_>, identity: Identity) -> Res
     let freezer = Freezer::create(ground.group, &format!("{}{}", ground.prefix, identity.inside))?;
     let request = Request { keeper: Some(ground.init), ..Request::default() };
     let (template, outline) = Template::make(stopped, pid, freezer, &request)?;
-    if let Some(shared) = outline.shared_memory(ground.root.dev()) {
-        let refusal = TemplateRefusal::Mapping { pid, kind: "memory that it shares for writing", start: shared.start };
-        template.remove(END_PATIENCE)?;
-        return Err(TemplateError::from(refusal).into());
-    }
     Ok(Sketch { identity, template, outline, threads, signals })
 }
 

@@ -154,7 +154,7 @@ pub fn read_smaps(pid: pid_t) -> io::Result<Vec<Mapping>> {
 }
 
 /// Reads all mappings; nothing is known of what was advised.
-pub(super) fn read_maps(pid: pid_t) -> io::Result<Vec<Mapping>> {
+pub(in crate::deltacr) fn read_maps(pid: pid_t) -> io::Result<Vec<Mapping>> {
     let bytes = fs::read(format!("/proc/{pid}/maps"))?;
     parse(&String::from_utf8_lossy(&bytes)).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }

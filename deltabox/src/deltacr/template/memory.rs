@@ -78,14 +78,13 @@ impl Outline {
         self.pid
     }
 
-    /// Memory that the process shares for writing and that the template does not have: the first of it that is not of a
-    /// file of the tree, whose device (the kernel's number of it) is `tree`.
-    pub fn shared_memory(&self, tree: u64) -> Option<&Mapping> {
+    /// Memory that the process shares for writing and that the template does not have, but for files of the tree, whose
+    /// device (the kernel's number of it) is `tree`.
+    pub(in crate::deltacr) fn shared_memory(&self, tree: u64) -> Vec<Mapping> {
         let mut mappings = self.mappings.clone().unwrap_or_default();
         Mapping::mark_tree(&mut mappings, &[tree]);
-        let is_shared = |one: &&Mapping| one.has(Advice::SharedWritable) && !one.in_tree;
-        let found = mappings.iter().position(|one| is_shared(&one))?;
-        self.mappings.as_ref()?.get(found)
+        mappings.retain(|one| one.has(Advice::SharedWritable) && !one.in_tree);
+        mappings
     }
 
     /// The engine's area in it.

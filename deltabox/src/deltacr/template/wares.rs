@@ -11,7 +11,7 @@ use nix::fcntl::OFlag;
 use super::error::{TemplateError, TemplateRefusal, check};
 use super::mapping::{Advice, Mapping, read_maps};
 use super::plan::{Step, covering};
-use super::restore::unopened;
+use super::restore::{Files, unopened};
 use super::source::Source;
 use crate::deltacr::handover::call;
 use crate::deltacr::inject::{Call, Hand};
@@ -45,10 +45,10 @@ impl Wares {
         hand: &mut Hand<'_>,
         source: &Source,
         steps: &[(Range<u64>, Step)],
-        tree: Option<&Root>,
+        shared: Option<&Files<'_>>,
     ) -> Result<Self, TemplateError> {
         let pid = hand.pid();
-        let mut files: Vec<(u64, File)> = Vec::new();
+        let mut opened: Vec<(u64, File)> = Vec::new();
         let is_file = |step: &Step| matches!(step, Step::Map(mapping) if mapping.has_file());
         if !steps.iter().any(|(_, step)| is_file(step)) {
             return Ok(Self::default());
@@ -56,21 +56,27 @@ impl Wares {
         let there = read_maps(source.pid()).map_err(unopened(pid))?;
         for (_, step) in steps {
             let Step::Map(mapping) = step else { continue };
-            if !mapping.has_file() || files.iter().any(|(start, _)| *start == mapping.start) {
+            if !mapping.has_file() || opened.iter().any(|(start, _)| *start == mapping.start) {
                 continue;
             }
-            if let Some(root) = tree.filter(|_| mapping.in_tree) {
-                files.push((mapping.start, open_in(root, mapping).map_err(unopened(pid))?));
-                continue;
+            if let Some(files) = shared.filter(|_| mapping.shared) {
+                let file = match files.shared.file(mapping) {
+                    Some(file) => Some(file.try_clone_to_owned().map(File::from)),
+                    None => mapping.in_tree.then(|| open_in(files.tree.root, mapping)),
+                };
+                if let Some(file) = file {
+                    opened.push((mapping.start, file.map_err(unopened(pid))?));
+                    continue;
+                }
             }
             let Some(copy) = covering(&there, mapping.start).filter(|copy| copy.shows_the_same(mapping)) else {
                 return Err(TemplateRefusal::Lost { pid, kind: "a file", start: mapping.start }.into());
             };
             let link = format!("/proc/{}/map_files/{:x}-{:x}", source.pid(), copy.start, copy.end);
-            files.push((mapping.start, File::open(link).map_err(unopened(pid))?));
+            opened.push((mapping.start, File::open(link).map_err(unopened(pid))?));
         }
         let mut wares = Self::default();
-        let received = wares.receive(hand, &files);
+        let received = wares.receive(hand, &opened);
         if received.is_err() {
             // The first failure is the one to report.
             let _ = hand.run(&wares.close_calls());

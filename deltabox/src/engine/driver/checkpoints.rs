@@ -99,12 +99,12 @@ impl Driver {
             frozen_look = Some(look);
             next.mount.try_clone().map(Some)
         };
-        let prefix = format!("t{}-", id.0);
+        let (prefix, memory) = (format!("t{}-", id.0), dir.checkpoints().join(format!("{id}.memory")));
         let mut draft = None;
         let processes = match request.fs_only {
             true => Processes::Kept,
             false => {
-                let ground = TakingGround { group: &unified, prefix: &prefix, outside: &outside };
+                let ground = TakingGround { group: &unified, prefix: &prefix, memory: &memory, outside: &outside };
                 Processes::Taken { ground, draft: &mut draft }
             }
         };
