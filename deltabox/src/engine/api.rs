@@ -202,6 +202,8 @@ pub struct TreeNode {
     pub own_bytes: u64,
     /// Bytes on disk of its layers that others need too.
     pub shared_bytes: u64,
+    /// Whether templates of its processes are in memory: how a rollback would have them back.
+    pub in_memory: bool,
     /// Which layer of its stack is not whole, and why: no rollback to it then.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub damage: Option<String>,

@@ -109,6 +109,8 @@ pub(super) struct Shown {
     pub(super) report: SandboxReport,
     pub(super) execs: Vec<ExecReport>,
     pub(super) tree: Arc<Tree>,
+    /// Checkpoints whose processes' templates are there.
+    pub(super) in_memory: BTreeSet<CheckpointId>,
     pub(super) live: LayerId,
     pub(super) next: Option<LayerId>,
     /// Layers that it needs, with all below them.
@@ -453,6 +455,9 @@ impl Driver {
         let execs = self.commands.values().map(Command::report).collect();
         let mut shown = self.lock_shown();
         shown.execs = execs;
+        if !shown.in_memory.iter().eq(self.moments.keys()) {
+            shown.in_memory = self.moments.keys().copied().collect();
+        }
         if shown.report.epoch == self.manifest.epoch
             && (shown.live, shown.next) == (self.manifest.live, self.manifest.next)
             && Arc::ptr_eq(&shown.tree, &self.tree)

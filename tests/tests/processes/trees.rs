@@ -90,3 +90,42 @@ fn templates_go_with_their_checkpoints_and_nothing_stays() {
     host.cli(["rm", "box"]).ok();
     assert!(!std::path::Path::new(&group).exists());
 }
+
+#[test]
+fn a_bracket_keeps_output_and_status_and_nothing_else() {
+    let Some((host, mut worker)) = start() else { return };
+    worker.ask("n = 1; open('/srv/f', 'w').write('one')");
+    let script = "echo out; echo more > /srv/f; touch /srv/new; sleep 1000 & kill -USR1 1; exit 7";
+    let done = host.cli(["exec", "--bracket", "box", "--", "sh", "-c", script]);
+    assert_eq!((done.code(), done.stdout.as_str()), (7, "out\n"));
+    assert_eq!(worker.ask("[n, open('/srv/f').read(), os.path.exists('/srv/new')]"), json!([1, "one", false]));
+    let ps = host.cli(["--json", "ps", "box"]).json();
+    assert_eq!(ps["processes"].as_array().expect("processes").len(), 2);
+    assert_eq!(host.cli(["--json", "tree", "box"]).json()["checkpoints"], json!([]));
+    let failed = host.cli(["exec", "--bracket", "box", "--", "/no/such/program"]);
+    assert_ne!(failed.code(), 0);
+    assert_eq!(host.cli(["--json", "tree", "box"]).json()["checkpoints"], json!([]));
+    assert!(worker.end().success());
+}
+
+#[test]
+fn after_the_daemons_death_no_template_is_left_and_files_can_be_had() {
+    let Some((mut host, mut worker)) = start() else { return };
+    worker.ask("open('/srv/f', 'w').write('one')");
+    let id = checkpoint(&host);
+    worker.ask("open('/srv/f', 'w').write('two')");
+    drop(worker);
+    host.end_daemon(nix::sys::signal::Signal::SIGKILL);
+    host.start_daemon();
+    let refused = host.cli(["--json", "rollback", "box", &id]);
+    assert_eq!(refused.code(), 3);
+    assert!(refused.error()["message"].as_str().expect("a message").contains("not held any more"));
+    host.cli(["rollback", "box", &id, "--fs-only"]).ok();
+    assert_eq!(host.sh("box", "cat /srv/f").ok(), "one");
+    let group = host.inspect("box")["cgroup"].as_str().expect("a cgroup").to_owned();
+    let names: Vec<_> = std::fs::read_dir(group)
+        .expect("the cgroup")
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect();
+    assert!(!names.iter().any(|name| name.starts_with('t')), "{names:?}");
+}

@@ -1,5 +1,6 @@
 //! Taking a moment.
 
+use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
@@ -130,6 +131,25 @@ impl Draft {
             tracing::error!(%error, "a copy of shared memory of no use stays");
         }
     }
+}
+
+/// Removes the templates that are in groups below `group`, whose names are `prefix` and more: their moment is lost.
+///
+/// # Errors
+/// The first failure; the others were removed.
+pub fn remove_templates(group: &Path, prefix: &str) -> Result<(), MomentError> {
+    let entries = match fs::read_dir(group) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        other => other.map_err(process("list the templates of", 0))?,
+    };
+    let is_one = |name: &str| name.starts_with(prefix);
+    let groups = entries.flatten().filter(|entry| entry.file_name().to_str().is_some_and(is_one));
+    let remove = |path: std::path::PathBuf| match Template::find(Freezer::open(path)?)? {
+        Ok(template) => template.remove(END_PATIENCE),
+        Err(empty) => empty.remove(),
+    };
+    let removed = groups.filter(|entry| entry.path().is_dir()).map(|entry| remove(entry.path()));
+    Ok(removed.fold(Ok(()), Result::and)?)
 }
 
 /// All, whichever fail.
