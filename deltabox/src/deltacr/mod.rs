@@ -13,6 +13,7 @@ mod helper;
 pub mod inject;
 mod interrupted;
 mod marker;
+pub mod objects;
 pub mod rebase;
 mod rseq;
 pub mod state;
@@ -25,4 +26,4 @@ mod timeouts;
 mod waits;
 
 pub use error::{InjectError, InjectRefusal, StopError, StopRefusal};
-pub use handover::HandoverError;
+pub use handover::{HandoverError, LastCall};
