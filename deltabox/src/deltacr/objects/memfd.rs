@@ -29,6 +29,9 @@ use crate::sys::stat::stat;
 const COPY_BYTES: usize = 256 << 10;
 /// May not be made executable (since Linux 6.3).
 const F_SEAL_EXEC: i32 = 0x20;
+// Both since Linux 6.3 (include/uapi/linux/memfd.h).
+const MFD_NOEXEC_SEAL: MFdFlags = MFdFlags::from_bits_retain(0x8);
+const MFD_EXEC: MFdFlags = MFdFlags::from_bits_retain(0x10);
 const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
 
 /// A memfd.
@@ -112,7 +115,7 @@ impl Memfd {
         let name = CString::new(self.name.as_slice())?;
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         // Said either way: what it is without a word is for the PID namespace to decide (vm.memfd_noexec).
-        let kind = if self.seals & F_SEAL_EXEC == 0 { MFdFlags::MFD_EXEC } else { MFdFlags::MFD_NOEXEC_SEAL };
+        let kind = if self.seals & F_SEAL_EXEC == 0 { MFD_EXEC } else { MFD_NOEXEC_SEAL };
         match memfd_create(name.as_c_str(), flags | kind) {
             // Before Linux 6.3.
             Err(Errno::EINVAL) => Ok(memfd_create(name.as_c_str(), flags)?),
@@ -235,7 +238,7 @@ mod tests {
 
     #[test]
     fn seals_hold_again() {
-        let old = memfd_create(c"", MFdFlags::MFD_ALLOW_SEALING | MFdFlags::MFD_NOEXEC_SEAL).unwrap();
+        let old = memfd_create(c"", MFdFlags::MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL).unwrap();
         nix::unistd::write(&old, b"sealed").unwrap();
         let seals = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
         fcntl(&old, FcntlArg::F_ADD_SEALS(seals)).unwrap();
