@@ -4,10 +4,12 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::PollFlags;
 use serde::{Deserialize, Serialize};
 
 use super::has;
+use super::output::write_all;
 use crate::sys::tty::{Modes, Order, order, set_modes};
 
 /// Bytes that a terminal itself keeps (N_TTY_BUF_SIZE of drivers/tty/n_tty.c, less one).
@@ -97,14 +99,16 @@ impl Input {
             order(slave, Order::Type(byte))?;
         }
         set_modes(slave, modes)?;
-        let more: Vec<u8> = bytes.collect();
-        let mut more = more.as_slice();
         // The rest has no place in it yet: it waits before it.
-        while !more.is_empty() && has(master, PollFlags::POLLOUT)? {
-            let n = nix::unistd::write(master, more)?;
-            more = &more[n..];
+        let more: Vec<u8> = bytes.collect();
+        if more.is_empty() {
+            return Ok(());
         }
-        if more.is_empty() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+        let flags = OFlag::from_bits_retain(fcntl(master, FcntlArg::F_GETFL)?);
+        fcntl(master, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        let written = write_all(master, &more);
+        fcntl(master, FcntlArg::F_SETFL(flags))?;
+        written
     }
 
     fn is_empty(&self) -> bool {
@@ -127,7 +131,8 @@ impl Input {
 /// Modes in which what is typed is taken as it is, but lines are lines.
 fn quiet(modes: &Modes, end_of_file: u8) -> Modes {
     let mut quiet = *modes;
-    quiet.input = 0;
+    // To switch flow control off would start what ^S has stopped; without characters for it it does nothing.
+    quiet.input = modes.input & libc::IXON;
     quiet.local &= libc::ICANON | libc::EXTPROC | libc::IEXTEN;
     let mut characters = [0; 19];
     for kept in [libc::VEOL, libc::VEOL2] {

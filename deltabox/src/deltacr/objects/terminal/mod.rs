@@ -56,6 +56,9 @@ use crate::sys::tty::{self, Ask, Modes, Order, Window, ask, order};
 use input::Input;
 use output::Output;
 
+/// The usual line discipline (include/uapi/linux/tty.h).
+const N_TTY: i32 = 0;
+
 /// A terminal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Terminal {
@@ -117,7 +120,7 @@ impl Terminal {
         let (told, look) = (failed("ask a terminal"), failed("look at a terminal"));
         let index = ask(master, Ask::Index).map_err(told)?;
         let discipline = ask(slave.unwrap_or(master), Ask::Discipline).map_err(failed("ask a terminal"))?;
-        if discipline != libc::N_TTY {
+        if discipline != N_TTY {
             return Err(ObjectRefusal::Discipline { index, discipline }.into());
         }
         let modes = tty::modes(master).map_err(failed("read the modes of a terminal"))?;
@@ -135,17 +138,20 @@ impl Terminal {
             return Err(ObjectRefusal::PacketStatus { index }.into());
         }
         let own = Own::open(pair).map_err(failed("open a terminal"))?;
-        let input = own.input(&modes, place == Place::Inside && !in_packets);
+        let on_hold = in_packets && place == Place::Inside;
+        if on_hold {
+            // Else it would be told of what is done here.
+            order(master, Order::PacketMode(false)).map_err(failed("set up a master"))?;
+        }
+        let input = own.input(&modes, place == Place::Inside);
+        let output = (place == Place::Inside).then(|| own.output(&modes)).transpose();
+        if on_hold {
+            order(master, Order::PacketMode(true)).map_err(failed("set up a master"))?;
+        }
         let input = input.map_err(failed("read what was typed at a terminal"))?;
-        let master = match place {
-            Place::Outside => None,
-            Place::Inside => {
-                let output = own.output(&modes, in_packets);
-                let output = output.map_err(failed("read what was written to a terminal"))?;
-                let is_hung_up = has(master, PollFlags::POLLHUP).map_err(failed("poll a master"))?;
-                Some(Master { in_packets, is_locked, is_hung_up, output })
-            }
-        };
+        let is_hung_up = has(master, PollFlags::POLLHUP).map_err(failed("poll a master"))?;
+        let output = output.map_err(failed("read what was written to a terminal"))?;
+        let master = output.map(|output| Master { in_packets, is_locked, is_hung_up, output });
         let window = tty::window(pair.master).map_err(failed("read the size of a terminal"))?;
         Ok(Self { index, modes, window, is_exclusive, node, input, session, foreground, master })
     }
@@ -307,16 +313,21 @@ impl<'a> Own<'a> {
         order(slave.as_fd(), Order::StartOutput)
     }
 
-    fn output(&self, modes: &Modes, in_packets: bool) -> io::Result<Output> {
-        let output = Output::take(self.master, self.slave.as_ref().map(AsFd::as_fd), in_packets)?;
+    fn output(&self, modes: &Modes) -> io::Result<Output> {
+        let output = Output::take(self.master, self.slave())?;
         if !output.is_empty() {
-            self.show(&output, modes)?;
+            output.give(self.master, self.slave(), modes)?;
         }
         Ok(output)
     }
 
     fn show(&self, output: &Output, modes: &Modes) -> io::Result<()> {
-        output.give(self.master, self.slave.as_ref().map(AsFd::as_fd), modes)
+        output.give(self.master, self.slave(), modes)?;
+        self.slave().map_or(Ok(()), |slave| output.stop(slave, modes))
+    }
+
+    fn slave(&self) -> Option<BorrowedFd<'_>> {
+        self.slave.as_ref().map(AsFd::as_fd)
     }
 }
 
