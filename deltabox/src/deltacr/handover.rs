@@ -128,11 +128,16 @@ impl Use {
 }
 
 /// A call with the address of bytes in memory as its last argument.
-pub(super) struct LastCall {
-    pub(super) name: &'static str,
-    pub(super) nr: i64,
-    pub(super) args: Vec<u64>,
-    pub(super) bytes: Vec<u8>,
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LastCall {
+    /// The call's name.
+    pub name: &'static str,
+    /// Its number.
+    pub nr: i64,
+    /// Its arguments before that one, at most five.
+    pub args: Vec<u64>,
+    /// What is to lie at that address.
+    pub bytes: Vec<u8>,
 }
 
 /// Calls, and the name of each.

@@ -16,6 +16,7 @@ mod interrupted;
 mod locks;
 mod marker;
 pub mod moment;
+pub mod objects;
 mod place;
 mod position;
 pub mod rebase;
@@ -32,4 +33,4 @@ mod timeouts;
 mod waits;
 
 pub use error::{InjectError, InjectRefusal, StopError, StopRefusal};
-pub use handover::HandoverError;
+pub use handover::{HandoverError, LastCall};

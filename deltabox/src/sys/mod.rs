@@ -12,6 +12,8 @@ pub mod inotify;
 pub mod maps;
 pub mod memory;
 pub mod mount;
+pub mod notify;
+pub mod owner;
 pub mod process;
 pub mod ptrace;
 pub mod reconfigure;
@@ -19,6 +21,7 @@ pub mod seccomp;
 pub mod socket;
 pub mod stat;
 pub mod steps;
+pub mod timer;
 pub mod tty;
 pub mod unix;
 

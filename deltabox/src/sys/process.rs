@@ -307,6 +307,16 @@ pub fn reap(child: &Child) -> io::Result<libc::c_int> {
     }
 }
 
+/// The pidfd of a process that has ended and was reaped: one is made for that. `of_thread`: with PIDFD_THREAD.
+pub fn pidfd_of_ended(of_thread: bool) -> io::Result<OwnedFd> {
+    // SAFETY: the closure does nothing.
+    let child = unsafe { clone_process(CloneRequest::default(), || 0) }?;
+    // It has its number until it is reaped.
+    let thread = of_thread.then(|| pidfd_open_thread(child.pid)).transpose();
+    reap(&child)?;
+    Ok(thread?.unwrap_or(child.pidfd))
+}
+
 /// Closes every descriptor that is not in `kept`, which is sorted.
 fn close_all_but(kept: &[RawFd]) -> io::Result<()> {
     let mut next: u32 = 0;

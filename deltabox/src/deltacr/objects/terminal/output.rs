@@ -1,0 +1,119 @@
+//! What was written to a terminal and not shown yet.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use nix::errno::Errno;
+use nix::poll::PollFlags;
+use serde::{Deserialize, Serialize};
+
+use super::input::KEPT_BYTES;
+use super::{has, open_slave};
+use crate::sys::tty::{Modes, Order, order, set_modes};
+
+/// Bytes per read (from the kernel: all that its queue has).
+const READ_BYTES: usize = 64 << 10;
+
+/// What was written.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Output {
+    bytes: Vec<u8>,
+    /// By ^S: nothing more can be written.
+    is_stopped: bool,
+}
+
+impl Output {
+    /// Takes it. `slave` does not wait; packet mode is off.
+    pub(super) fn take(master: BorrowedFd<'_>, slave: Option<BorrowedFd<'_>>) -> io::Result<Self> {
+        let mut bytes = Vec::new();
+        // What is there before a read makes room: nobody writes.
+        while has(master, PollFlags::POLLIN)? {
+            let start = bytes.len();
+            bytes.resize(start + READ_BYTES, 0);
+            let n = match nix::unistd::read(master, &mut bytes[start..]) {
+                Ok(n) => n,
+                // The slave is closed, and this was all.
+                Err(Errno::EIO | Errno::EAGAIN) => 0,
+                Err(errno) => return Err(errno.into()),
+            };
+            bytes.truncate(start + n);
+            if n == 0 {
+                break;
+            }
+        }
+        // With nothing to be shown there is room, unless it may not write.
+        let can_write = slave.map_or(Ok(true), |slave| has(slave, PollFlags::POLLOUT))?;
+        Ok(Self { bytes, is_stopped: !can_write })
+    }
+
+    /// Writes it again, as it is. Packet mode is off.
+    pub(super) fn give(&self, master: BorrowedFd<'_>, slave: Option<BorrowedFd<'_>>, modes: &Modes) -> io::Result<()> {
+        // What the master keeps itself is put there, so that the rest has to fit into the queue before it only.
+        let is_put_in = slave.is_none() || self.is_stopped || self.bytes.len() > KEPT_BYTES;
+        let n = if is_put_in { self.bytes.len().min(KEPT_BYTES) } else { 0 };
+        let (kept, rest) = self.bytes.split_at(n);
+        kept.iter().try_for_each(|byte| order(master, Order::Type(*byte)))?;
+        if rest.is_empty() {
+            return Ok(());
+        }
+        let opened;
+        let slave = if let Some(slave) = slave {
+            slave
+        } else {
+            // Closed again it is as it was: who has written this has closed it.
+            opened = open_slave(master, libc::O_RDWR | libc::O_NONBLOCK)?;
+            opened.as_fd()
+        };
+        if self.is_stopped {
+            order(slave, Order::StopOutput)?;
+            order(slave, Order::StartOutput)?;
+        }
+        let mut plain = *modes;
+        plain.output &= !libc::OPOST;
+        set_modes(slave, &plain)?;
+        let written = write_all(slave, rest);
+        set_modes(slave, modes)?;
+        if self.is_stopped {
+            self.stop(slave, modes)?;
+        }
+        written
+    }
+
+    /// Stops what is written, as ^S does, if it was stopped.
+    pub(super) fn stop(&self, slave: BorrowedFd<'_>, modes: &Modes) -> io::Result<()> {
+        const STOP: u8 = 0x13;
+        if !self.is_stopped {
+            return Ok(());
+        }
+        if modes.input & libc::IXON == 0 {
+            // Then only a program can have stopped it: to leave that mode is to start.
+            return order(slave, Order::StopOutput);
+        }
+        let mut stopping = *modes;
+        stopping.characters[libc::VSTOP] = STOP;
+        set_modes(slave, &stopping)?;
+        let typed = order(slave, Order::Type(STOP));
+        set_modes(slave, modes)?;
+        typed
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+}
+
+/// Writes to a side that does not wait, in portions that the kernel's queue packs well (measured: 22048 bytes fit in
+/// portions of 1000, 13824 in one).
+pub(super) fn write_all(side: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
+    const PORTION_BYTES: usize = 1000;
+    for mut portion in bytes.chunks(PORTION_BYTES) {
+        while !portion.is_empty() {
+            match nix::unistd::write(side, portion) {
+                Ok(n @ 1..) => portion = &portion[n..],
+                Ok(_) | Err(Errno::EAGAIN) => return Err(io::ErrorKind::WriteZero.into()),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+    Ok(())
+}
