@@ -123,6 +123,11 @@ impl Table {
     }
 
     pub(super) fn info(&mut self, number: i32) -> io::Result<FdInfo> {
+        FdInfo::parse(self.info_text(number)?).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    }
+
+    /// fdinfo as the kernel writes it.
+    pub(super) fn info_text(&mut self, number: i32) -> io::Result<&str> {
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
         let file = openat(&self.infos, number.to_string().as_str(), flags, Mode::empty())?;
         let mut len_bytes = 0;
@@ -135,8 +140,7 @@ impl Table {
             }
             self.text.resize(2 * len_bytes, 0);
         }
-        let info = str::from_utf8(&self.text[..len_bytes]).ok().and_then(FdInfo::parse);
-        info.ok_or_else(|| io::ErrorKind::InvalidData.into())
+        str::from_utf8(&self.text[..len_bytes]).map_err(|_| io::ErrorKind::InvalidData.into())
     }
 
     /// A copy of the description.

@@ -95,6 +95,14 @@ pub(super) fn is_over(pid: pid_t) -> bool {
     true
 }
 
+/// How many PID namespaces a process's own lies below the one that `/proc` shows.
+pub(super) fn pid_depth(pid: pid_t) -> io::Result<usize> {
+    let text = fs::read(format!("/proc/{pid}/status"))?;
+    let text = String::from_utf8_lossy(&text);
+    let line = text.lines().find_map(|line| line.strip_prefix("NSpid:")).ok_or(io::ErrorKind::InvalidData)?;
+    Ok(line.split_ascii_whitespace().count().saturating_sub(1))
+}
+
 /// A process's number in its own PID namespace.
 pub(super) fn pid_inside(pid: pid_t) -> io::Result<pid_t> {
     let text = fs::read(format!("/proc/{pid}/status"))?;

@@ -27,7 +27,6 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::deltacr::StopError;
-use crate::deltacr::descriptors::Outside;
 use crate::deltacr::moment::{self, Draft, How, Moment, MomentError, Return};
 use crate::deltacr::rebase::{Ahead, Missing, Opened, Plan, RebaseError};
 use crate::deltacr::stop::{Request, Stopped, Tracer, while_stopped};
@@ -83,8 +82,6 @@ pub(super) struct TakingGround<'a> {
     pub(super) prefix: &'a str,
     /// Where to put the content of shared memory.
     pub(super) memory: &'a Path,
-    /// What leads out of the sandbox.
-    pub(super) outside: &'a Outside,
 }
 
 /// A process that has come back.
@@ -249,8 +246,8 @@ fn move_all(
     let (n_processes, n_threads) = (stopped.processes().len(), stopped.n_threads());
     let mut take = |stopped: &mut Stopped, clock: &mut Span| -> Result<(), SwitchError> {
         let Some((ground, draft)) = &mut taken else { return Ok(()) };
-        let TakingGround { group, prefix, memory, outside } = ground;
-        let ground = moment::Ground { root: from, init, outside, group, prefix, memory };
+        let TakingGround { group, prefix, memory } = ground;
+        let ground = moment::Ground { root: from, init, group, prefix, memory };
         // An earlier attempt may have got further.
         if let Some(old) = draft.replace(Draft::take(stopped, &ground, Ahead::default())?) {
             old.discard();
@@ -309,7 +306,7 @@ fn return_all(
     let mount = next().map_err(failed("make the next root"))?;
     let to = mount.ok_or_else(|| failed("make the next root")(io::ErrorKind::NotFound.into()))?;
     let to = Root::new(to).map_err(failed("make the next root"))?;
-    let way = Return::prepare(stopped, moment, &to, init)?;
+    let mut way = Return::prepare(stopped, moment, &to, init)?;
     clock.end_of(Phase::Prepare);
     // From here on there is no way but on.
     let mut go = || -> Result<Opened, SwitchError> {

@@ -125,7 +125,12 @@ pub enum Ask {
     Session,
     /// Bytes that can be read.
     Readable,
+    /// The slave's device, in the kernel's encoding (new_encode_dev of include/linux/kdev_t.h).
+    Device,
 }
+
+/// include/uapi/asm-generic/ioctls.h
+const TIOCGDEV: libc::Ioctl = 0x8004_5432;
 
 /// Asks.
 pub fn ask(fd: BorrowedFd<'_>, what: Ask) -> io::Result<i32> {
@@ -138,6 +143,7 @@ pub fn ask(fd: BorrowedFd<'_>, what: Ask) -> io::Result<i32> {
         Ask::Foreground => libc::TIOCGPGRP,
         Ask::Session => libc::TIOCGSID,
         Ask::Readable => libc::FIONREAD,
+        Ask::Device => TIOCGDEV,
     };
     let mut answer: libc::c_int = 0;
     // SAFETY: each of these requests writes one int, which lives through the call.

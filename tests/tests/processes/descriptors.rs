@@ -103,7 +103,7 @@ os.write(f, b'p'); os.pread(f, 100, 0).decode()";
 fn what_a_checkpoint_cannot_hold_is_refused_by_name() {
     let Some((host, mut worker)) = start() else { return };
     for (make, name) in [
-        ("import socket; made = socket.socketpair()", "socket:["),
+        ("import socket; made = socket.socketpair()", "a socket (socket:["),
         ("made = open('/srv/x', 'w'); os.unlink('/srv/x')", "/srv/x (deleted)"),
     ] {
         worker.ask(make);
@@ -111,6 +111,86 @@ fn what_a_checkpoint_cannot_hold_is_refused_by_name() {
         assert!(refused.contains(name) && refused.contains("process"), "{refused}");
         worker.ask("del made");
         checkpoint(&host);
+    }
+    assert!(worker.end().success());
+}
+
+#[test]
+fn pipes_and_what_waits_in_them_go_back() {
+    let Some((host, mut worker)) = start() else { return };
+    worker.ask(
+        "import fcntl, time
+r, w = os.pipe(); os.write(w, b'first'); os.set_blocking(r, False)
+big, bigw = os.pipe(); fcntl.fcntl(bigw, 1031, 1 << 19); os.set_blocking(bigw, False)
+n = os.write(bigw, b'x' * (1 << 20))
+eof, gone = os.pipe(); os.write(gone, b'last'); os.close(gone)
+gone, broken = os.pipe(); os.close(gone)
+child = os.fork()
+if child == 0:
+    os.close(1)
+    back, line = os.open('/srv/back', os.O_WRONLY | os.O_CREAT | os.O_APPEND), b''
+    os.set_blocking(r, True)
+    while True: os.write(back, os.read(r, 1))
+while os.path.getsize('/srv/back') < 5 if os.path.exists('/srv/back') else True: time.sleep(0.001)",
+    );
+    let id = checkpoint(&host);
+    let look = "def look():
+    os.write(w, b'next')
+    while os.path.getsize('/srv/back') < 9: time.sleep(0.001)
+    try: os.write(broken, b'x'); epipe = False
+    except BrokenPipeError: epipe = True
+    return [open('/srv/back').read(), len(os.read(big, 1 << 20)), fcntl.fcntl(big, 1032), os.read(eof, 100).decode(), os.read(eof, 1).decode(), epipe]
+look()";
+    for change in
+        ["pass", "[os.close(k) for k in (r, w, big, bigw, eof, broken)]", "os.write(w, b'unwanted'); time.sleep(0.05)"]
+    {
+        worker.ask(change);
+        roll_back(&host, &id);
+        let size = 1 << 19;
+        assert_eq!(worker.ask(look), json!(["firstnext", size, size, "last", "", true]), "after {change}");
+        roll_back(&host, &id);
+    }
+    worker.ask("os.kill(child, 9); os.wait()");
+    assert!(worker.end().success());
+}
+
+#[test]
+fn events_timers_and_what_waits_for_them_go_back() {
+    let Some((host, mut worker)) = start() else { return };
+    worker.ask(
+        "import ctypes, select, signal, struct, time
+libc = ctypes.CDLL(None, use_errno=True)
+e = os.eventfd(7); s = os.eventfd(3, os.EFD_SEMAPHORE)
+t = libc.timerfd_create(1, 0); libc.timerfd_settime(t, 0, struct.pack('4q', 1000, 0, 500, 0), None)
+d = libc.timerfd_create(1, 0x800); libc.timerfd_settime(d, 0, struct.pack('4q', 0, 0, 0, 1000), None)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+g = libc.signalfd(-1, struct.pack('Q', 1 << 9), 8)
+p = os.pidfd_open(os.getpid())
+r, w = os.pipe()
+poll, outer = select.epoll(), select.epoll()
+for f in (r, e, g): poll.register(f, select.EPOLLIN)
+outer.register(poll.fileno(), select.EPOLLIN)
+time.sleep(0.01)
+def look():
+    left, every = struct.unpack('4q', (lambda b: (libc.timerfd_gettime(t, b), b.raw)[1])(ctypes.create_string_buffer(32)))[2::-2]
+    before = sorted(f for f, _ in poll.poll(0))
+    os.write(w, b'x'); os.kill(os.getpid(), signal.SIGUSR1)
+    after = sorted(f for f, _ in poll.poll(0))
+    return [os.eventfd_read(e), os.eventfd_read(s), 400 < left <= 500, every, struct.unpack('Q', os.read(d, 8))[0],
+            before == [e], after == sorted([r, e, g]), bool(outer.poll(0)), os.read(g, 128)[:4].hex(), signal.pidfd_send_signal(p, 0)]",
+    );
+    let id = checkpoint(&host);
+    let expected = json!([7, 1, true, 1000, 1, true, true, true, "0a000000", null]);
+    for change in [
+        "pass",
+        "look()",
+        "poll.unregister(r); poll.modify(e, 0); [os.close(f) for f in (t, d, g, p, s)]",
+        "poll.close(); outer.close(); os.eventfd_write(e, 90); libc.timerfd_settime(t, 0, struct.pack('4q', 0, 0, 0, 0), None)",
+    ] {
+        worker.ask(change);
+        roll_back(&host, &id);
+        assert_eq!(worker.ask("look()"), expected, "after {change}");
+        roll_back(&host, &id);
     }
     assert!(worker.end().success());
 }

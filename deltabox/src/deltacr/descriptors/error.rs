@@ -5,6 +5,7 @@ use std::io;
 use libc::pid_t;
 
 use crate::deltacr::HandoverError;
+use crate::deltacr::objects::ObjectError;
 
 /// A failure.
 #[derive(Debug, thiserror::Error)]
@@ -21,6 +22,16 @@ pub enum DescriptorError {
         pid: pid_t,
         /// The kernel's word.
         source: io::Error,
+    },
+    /// What is behind a descriptor, or was.
+    #[error("descriptor {number} of process {pid}: {source}")]
+    Object {
+        /// The process.
+        pid: pid_t,
+        /// The descriptor; -1 for all of a terminal's.
+        number: i32,
+        /// What went wrong.
+        source: ObjectError,
     },
     /// A file could not be opened again.
     #[error("{op} {path}: {source}")]
@@ -41,14 +52,16 @@ pub enum DescriptorError {
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DescriptorRefusal {
     /// A kind that is not known how to make again.
-    #[error("descriptor {number} of process {pid} is {what}, which a checkpoint cannot hold")]
+    #[error("descriptor {number} of process {pid} is {what} ({link}), which a checkpoint cannot hold")]
     Kind {
         /// The process.
         pid: pid_t,
         /// The descriptor.
         number: i32,
+        /// What a human calls it.
+        what: &'static str,
         /// What its link says.
-        what: String,
+        link: String,
     },
     /// A thread does not share what threads of a process share.
     #[error("thread {tid} of process {pid} has {what} of its own")]

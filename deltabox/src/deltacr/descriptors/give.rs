@@ -9,6 +9,7 @@ use super::{DescriptorError, Seat, Slot, What};
 use crate::deltacr::HandoverError;
 use crate::deltacr::handover::{Gift, LastCall, Receiver, Session, Use, call, check, give_denied_directory};
 use crate::deltacr::locks;
+use crate::deltacr::objects::terminal::bring_forward;
 use crate::deltacr::stop::Stopped;
 use crate::deltacr::table::Table;
 
@@ -45,6 +46,57 @@ impl Opened<'_> {
         }
     }
 
+    /// What a process does once all have what they had: what its epoll instances wait for, who is sent signals about its
+    /// descriptors, which group is in the foreground of its terminal.
+    ///
+    /// # Errors
+    /// The process is not what it should be, and must not be let go.
+    pub(in crate::deltacr) fn finish(
+        &self,
+        stopped: &mut Stopped,
+        pid: pid_t,
+        inside: pid_t,
+    ) -> Result<(), DescriptorError> {
+        let Some(seat) = self.held.seats.get(&inside) else { return Ok(()) };
+        let slots = self.held.tables.get(seat.table).map_or(&[][..], Vec::as_slice);
+        let calls = self.last_calls(slots, inside);
+        if calls.is_empty() {
+            return Ok(());
+        }
+        let failed = |op| move |source| DescriptorError::Process { op, pid, source };
+        let process = stopped.processes().iter().find(|process| process.pid == pid);
+        let tid = process.and_then(|process| process.threads.first()).map_or(pid, |thread| thread.tid);
+        let (table, numbers) = Table::open_with_numbers(pid, tid).map_err(failed("open the descriptors"))?;
+        let receiver = Receiver { pid, tid, task: table.pidfd(), numbers: &numbers };
+        Ok(Session::open(stopped, receiver)?.give(&[], &calls)?)
+    }
+
+    fn last_calls(&self, slots: &[Slot], inside: pid_t) -> Vec<LastCall> {
+        let mut calls = Vec::new();
+        for (at, description) in self.held.descriptions.iter().enumerate() {
+            let number = slots.iter().find(|slot| slot.description == at).map(|slot| slot.number);
+            if let What::Epoll { epoll, holders } = &description.what {
+                for (holder, (_, number)) in holders.iter().enumerate().filter(|(_, (pid, _))| *pid == inside) {
+                    calls.extend(epoll.last_calls(holder, *number));
+                }
+            }
+            let Some(number) = number else { continue };
+            if let What::Terminal { terminal, is_master: false } = description.what
+                && let Some(terminal) = self.held.terminals.get(terminal)
+                && terminal.session() == Some(inside)
+            {
+                calls.extend(terminal.foreground().map(|group| bring_forward(number, group)));
+            }
+        }
+        for (at, description) in self.held.descriptions.iter().enumerate() {
+            let number = slots.iter().find(|slot| slot.description == at).map(|slot| slot.number);
+            if let (Some(settings), Some(number)) = (&description.settings, number) {
+                calls.extend(settings.last_calls(number));
+            }
+        }
+        calls
+    }
+
     /// Which table a process had.
     pub fn table(&self, inside: pid_t) -> Option<usize> {
         self.held.seats.get(&inside).map(|seat| seat.table)
@@ -53,7 +105,7 @@ impl Opened<'_> {
     fn gifts(&self, slots: &[Slot], inside: pid_t) -> Vec<Gift<'_>> {
         let gift = |slot: &Slot| {
             let flags = if slot.close_on_exec { libc::O_CLOEXEC } else { 0 };
-            let file = self.descriptions.get(slot.description)?.as_fd();
+            let file = self.descriptions.get(slot.description)?.as_ref()?.as_fd();
             Some(Gift { file, what: Use::Descriptor { number: slot.number, flags } })
         };
         let cwd = self.cwds.get(&inside).map(|cwd| Gift { file: cwd.as_fd(), what: Use::WorkingDirectory });
@@ -64,7 +116,7 @@ impl Opened<'_> {
     fn lock_calls(&self, seat: &Seat, slots: &[Slot]) -> Vec<LastCall> {
         let path = |description: usize| match &self.held.descriptions.get(description)?.what {
             What::File { path, .. } => Some(path),
-            What::Mount { .. } | What::Memory { .. } | What::Outside { .. } => None,
+            _ => None,
         };
         let mut calls = Vec::new();
         let mut done = Vec::new();

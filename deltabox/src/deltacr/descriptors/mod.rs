@@ -1,9 +1,11 @@
 //! What processes hold: every descriptor of every one of them, read at a checkpoint, given back at a rollback.
 //!
 //! ```text
-//!  checkpoint   Held::read    stopped: tables, each open file description once, working directories, locks
-//!  rollback     Held::open    each description made again on the next root, by the engine; nothing has changed yet
-//!               Opened::give  per process: all it has is closed; what it had goes to its number
+//!  checkpoint   Held::read      stopped: tables, each open file description once, working directories, locks
+//!  rollback     Held::open      each description made again on the next root, by the engine; nothing has changed yet
+//!               Opened::settle  what lives on at both ends is made what it was: terminals; what needs the processes
+//!               Opened::give    per process: all it has is closed; what it had goes to its number
+//!               Opened::finish  per process: what needs all others to be there
 //! ```
 //! A description is one object, however many descriptors of however many processes lead to it (kcmp tells), so sharing
 //! survives. What leads out of the sandbox (the streams of a command, whose other ends init or the engine hold) is not
@@ -11,10 +13,12 @@
 //!
 //! Records name files by their path inside; they mean something together with the layers of their checkpoint alone.
 
+mod donors;
 mod error;
 mod give;
 mod open;
 mod read;
+mod terminals;
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -24,15 +28,18 @@ use serde::{Deserialize, Serialize};
 
 pub use error::{DescriptorError, DescriptorRefusal};
 pub use open::Opened;
-pub use read::Outside;
 
 use super::fdinfo::Lock;
+use super::objects::terminal::Terminal;
+use super::objects::{Epoll, Eventfd, Pidfd, Pipe, Settings, Signalfd, Timerfd};
 use super::shared::Key;
 
 /// All that the processes of a sandbox hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Held {
     descriptions: Vec<Description>,
+    pipes: Vec<Pipe>,
+    terminals: Vec<Terminal>,
     tables: Vec<Vec<Slot>>,
     /// By PID inside.
     seats: BTreeMap<pid_t, Seat>,
@@ -75,6 +82,8 @@ struct Description {
     /// Bytes; of a directory: its own.
     position: i64,
     what: What,
+    /// Of what is no file.
+    settings: Option<Settings>,
 }
 
 /// What is behind it.
@@ -91,11 +100,36 @@ enum What {
         unread: Option<Vec<Vec<u8>>>,
     },
     /// A file of another mount of the sandbox: a device, something in `/proc`.
-    Mount { path: CString },
+    Mount {
+        path: CString,
+    },
     /// A memfd, whose content is kept apart.
-    Memory { key: Key },
+    Memory {
+        key: Key,
+    },
     /// Something whose other end is outside; what its link in `/proc/PID/fd` says.
-    Outside { link: Vec<u8> },
+    Outside {
+        link: Vec<u8>,
+    },
+    /// Description `end` of a pipe.
+    Pipe {
+        pipe: usize,
+        end: usize,
+    },
+    Eventfd(Eventfd),
+    Timerfd(Timerfd),
+    Signalfd(Signalfd),
+    Pidfd(Pidfd),
+    /// Who had it: PID inside, and number.
+    Epoll {
+        epoll: Epoll,
+        holders: Vec<(pid_t, i32)>,
+    },
+    /// A side of a terminal.
+    Terminal {
+        terminal: usize,
+        is_master: bool,
+    },
 }
 
 impl Held {

@@ -1,7 +1,7 @@
 //! Descriptions made again, by the engine, which no file's permissions stop.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::CString;
+use std::collections::BTreeMap;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -10,26 +10,28 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::{Whence, lseek};
 
-use super::read::is_numbered;
-use super::{Cwd, Description, DescriptorError, DescriptorRefusal, Held, What};
+use super::donors::Donors;
+use super::terminals::{find_master, open_devpts};
+use super::{Cwd, Description, DescriptorError, Held, What};
+use crate::deltacr::objects::terminal::{Pair, Place, Terminal, open_slave};
+use crate::deltacr::objects::{ObjectError, Pidfd};
 use crate::deltacr::reopen::{OPENING, make_gone, reopen};
 use crate::deltacr::shared::Present;
 use crate::deltacr::stop::Stopped;
 use crate::deltacr::{locks, position};
 use crate::sandbox::root::Root;
-use crate::sys::process::{pidfd_getfd, pidfd_open};
 use crate::sys::stat::stat;
-
-/// Status flags that fcntl(F_SETFL) sets.
-const SETTABLE: i32 = libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME;
 
 /// All descriptions of a checkpoint, made again and in the engine's hands.
 #[derive(Debug)]
 pub struct Opened<'a> {
     pub(super) held: &'a Held,
-    pub(super) descriptions: Vec<OwnedFd>,
+    /// `None`: made once the processes are there.
+    pub(super) descriptions: Vec<Option<OwnedFd>>,
     /// By PID inside.
     pub(super) cwds: BTreeMap<pid_t, OwnedFd>,
+    devpts: Option<OwnedFd>,
+    masters: Vec<OwnedFd>,
 }
 
 impl Held {
@@ -45,23 +47,119 @@ impl Held {
         init: pid_t,
         memory: &Present<'_>,
     ) -> Result<Opened<'_>, DescriptorError> {
-        let failed = |source| DescriptorError::Process { op: "find the root", pid: init, source };
-        let around = Root::of(init).map_err(failed)?;
+        let failed = |op| move |source| DescriptorError::Process { op, pid: init, source };
+        let around = Root::of(init).map_err(failed("find the root"))?;
         let mut donors = Donors::find(stopped, init, self);
+        let devpts = (!self.terminals.is_empty()).then(|| open_devpts(init)).transpose();
+        let devpts = devpts.map_err(failed("open /dev/pts"))?;
+        let mut masters = Vec::with_capacity(self.terminals.len());
+        for terminal in &self.terminals {
+            masters.push(find_or_make(stopped, init, terminal, devpts.as_ref())?);
+        }
+        let mut pipes = Vec::with_capacity(self.pipes.len());
+        for pipe in &self.pipes {
+            let ends = pipe.make().map_err(file_error("make", c"a pipe"))?;
+            pipes.push(ends.into_iter().map(Some).collect::<Vec<_>>());
+        }
         let mut opener = Opener { to, around: &around, memory, gone: None };
         let mut descriptions = Vec::with_capacity(self.descriptions.len());
         for description in &self.descriptions {
-            descriptions.push(match &description.what {
-                What::Outside { link } => donors.give(link, description.flags)?,
-                _ => opener.description(description)?,
-            });
+            let made = match &description.what {
+                What::Outside { link } => Some(donors.give(link, description.flags)?),
+                What::Pipe { pipe, end } => pipes.get_mut(*pipe).and_then(|ends| ends.get_mut(*end)?.take()),
+                What::Terminal { terminal, is_master } => {
+                    let master = masters.get(*terminal).ok_or_else(|| file_error("find", c"a terminal")(missing()))?;
+                    let side = match is_master {
+                        true => master.try_clone(),
+                        false => open_slave(master.as_fd(), description.flags & libc::O_ACCMODE),
+                    };
+                    Some(side.map_err(file_error("open", c"a terminal"))?)
+                }
+                What::Pidfd(_) => None,
+                _ => Some(opener.description(description)?),
+            };
+            if let (Some(made), Some(settings)) = (&made, &description.settings)
+                && !matches!(description.what, What::Outside { .. })
+            {
+                settings.set(made.as_fd()).map_err(file_error("set the flags of", c"a descriptor"))?;
+            }
+            descriptions.push(made);
         }
         let mut cwds = BTreeMap::new();
         for (pid, seat) in &self.seats {
             cwds.insert(*pid, opener.cwd(&seat.cwd)?);
         }
-        Ok(Opened { held: self, descriptions, cwds })
+        Ok(Opened { held: self, descriptions, cwds, devpts, masters })
     }
+}
+
+impl Opened<'_> {
+    /// Gives what lives on at both ends the state that it had, and makes what can only be made with the processes there:
+    /// `host` tells the host PID of one by that inside. Processes that go must have gone.
+    ///
+    /// # Errors
+    /// Terminals are neither what they were nor what they should be.
+    pub(in crate::deltacr) fn settle(&mut self, host: impl Fn(pid_t) -> Option<pid_t>) -> Result<(), DescriptorError> {
+        for (at, (terminal, master)) in self.held.terminals.iter().zip(&self.masters).enumerate() {
+            let is_slave =
+                |one: &Description| matches!(one.what, What::Terminal { terminal, is_master: false } if terminal == at);
+            let slave = self.held.descriptions.iter().position(is_slave);
+            let slave = slave.and_then(|slave| self.descriptions.get(slave)?.as_ref());
+            let Some(devpts) = &self.devpts else { continue };
+            let pair = Pair { devpts: devpts.as_fd(), master: master.as_fd(), slave: slave.map(AsFd::as_fd) };
+            terminal.put_back(pair).map_err(object)?;
+        }
+        for (description, made) in self.held.descriptions.iter().zip(&mut self.descriptions) {
+            if let What::Pidfd(pidfd) = &description.what {
+                *made = Some(make_pidfd(pidfd, &host)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells programs whose client's window has changed since.
+    pub(in crate::deltacr) fn announce_windows(&self) {
+        for (terminal, master) in self.held.terminals.iter().zip(&self.masters) {
+            if terminal.place() == Place::Outside {
+                // It hung up meanwhile: there is no window.
+                let _ = terminal.announce_window(master.as_fd());
+            }
+        }
+    }
+}
+
+fn make_pidfd(pidfd: &Pidfd, host: impl Fn(pid_t) -> Option<pid_t>) -> Result<OwnedFd, DescriptorError> {
+    pidfd.make(pidfd.pid().and_then(host)).map_err(object)
+}
+
+/// The master of a terminal, where it was; one that is no more is made again.
+fn find_or_make(
+    stopped: &Stopped,
+    init: pid_t,
+    terminal: &Terminal,
+    devpts: Option<&OwnedFd>,
+) -> Result<OwnedFd, DescriptorError> {
+    let failed = |source| DescriptorError::Process { op: "look for the master of a terminal", pid: init, source };
+    if terminal.place() == Place::Outside {
+        let master = find_master(init, terminal.index()).map_err(failed)?;
+        return master.ok_or_else(|| failed(io::Error::other("it was hung up since")));
+    }
+    for process in stopped.processes() {
+        // One that was killed meanwhile has none.
+        if let Ok(Some(master)) = find_master(process.pid, terminal.index()) {
+            return Ok(master);
+        }
+    }
+    let devpts = devpts.ok_or_else(|| failed(missing()))?;
+    terminal.make(devpts.as_fd()).map_err(object)
+}
+
+fn object(source: ObjectError) -> DescriptorError {
+    DescriptorError::Object { pid: 0, number: -1, source }
+}
+
+fn missing() -> io::Error {
+    io::ErrorKind::NotFound.into()
 }
 
 struct Opener<'a> {
@@ -73,7 +171,8 @@ struct Opener<'a> {
 }
 
 impl Opener<'_> {
-    fn description(&self, Description { flags, position, what }: &Description) -> Result<OwnedFd, DescriptorError> {
+    fn description(&self, description: &Description) -> Result<OwnedFd, DescriptorError> {
+        let Description { flags, position, what, .. } = description;
         let flags = OFlag::from_bits_retain(flags & !OPENING);
         match what {
             What::File { path, kind, locks, unread } => {
@@ -108,7 +207,13 @@ impl Opener<'_> {
                 lseek(&new, *position, Whence::SeekSet).map_err(|errno| failed(errno.into()))?;
                 Ok(new)
             }
-            What::Outside { .. } => Err(file_error("open", c"")(io::ErrorKind::Unsupported.into())),
+            What::Eventfd(eventfd) => eventfd.make().map_err(file_error("make", c"an eventfd")),
+            What::Timerfd(timerfd) => timerfd.make().map_err(file_error("make", c"a timer")),
+            What::Signalfd(signalfd) => signalfd.make().map_err(file_error("make", c"a signalfd")),
+            What::Epoll { epoll, .. } => epoll.make().map_err(file_error("make", c"an epoll instance")),
+            What::Outside { .. } | What::Pipe { .. } | What::Pidfd(_) | What::Terminal { .. } => {
+                Err(file_error("open", c"a descriptor")(missing()))
+            }
         }
     }
 
@@ -149,75 +254,7 @@ impl Opener<'_> {
     }
 }
 
-/// Who still has what leads out of the sandbox.
-struct Donors {
-    /// By link: process, number, flags.
-    found: BTreeMap<Vec<u8>, Vec<(pid_t, i32)>>,
-    /// A description is given once; another one like it is opened anew.
-    given: BTreeSet<(Vec<u8>, i32)>,
-}
-
-impl Donors {
-    fn find(stopped: &Stopped, init: pid_t, held: &Held) -> Self {
-        let link = |one: &Description| match &one.what {
-            What::Outside { link } => Some((link.clone(), Vec::new())),
-            What::File { .. } | What::Mount { .. } | What::Memory { .. } => None,
-        };
-        let mut found: BTreeMap<Vec<u8>, Vec<(pid_t, i32)>> = held.descriptions.iter().filter_map(link).collect();
-        if !found.is_empty() {
-            let pids = stopped.processes().iter().map(|process| process.pid).chain([init]);
-            pids.for_each(|pid| note(pid, &mut found));
-        }
-        Self { found, given: BTreeSet::new() }
-    }
-
-    /// A copy, or the same opened again.
-    fn give(&mut self, link: &[u8], flags: i32) -> Result<OwnedFd, DescriptorError> {
-        let lost = || DescriptorRefusal::Lost { link: String::from_utf8_lossy(link).into_owned() };
-        let donors = self.found.get(link).ok_or_else(lost)?;
-        let access = flags & libc::O_ACCMODE;
-        if self.given.insert((link.to_vec(), access)) {
-            for (pid, number) in donors {
-                let Ok(copy) = pidfd_open(*pid).and_then(|pidfd| pidfd_getfd(pidfd.as_fd(), *number)) else { continue };
-                let Ok(has) = fcntl(&copy, FcntlArg::F_GETFL) else { continue };
-                if has & libc::O_ACCMODE != access {
-                    continue;
-                }
-                if (has ^ flags) & SETTABLE != 0 {
-                    let set = fcntl(&copy, FcntlArg::F_SETFL(OFlag::from_bits_retain(flags)));
-                    set.map_err(|errno| file_error("set the flags of", c"what leads outside")(errno.into()))?;
-                }
-                return Ok(copy);
-            }
-        }
-        // A socket has no second opening.
-        let mut reopened = donors.iter().filter(|_| link.starts_with(b"pipe:[")).filter_map(|(pid, number)| {
-            let copy = pidfd_open(*pid).and_then(|pidfd| pidfd_getfd(pidfd.as_fd(), *number)).ok()?;
-            let new = reopen(copy.as_fd(), OFlag::from_bits_retain(access | libc::O_NONBLOCK)).ok()?;
-            fcntl(&new, FcntlArg::F_SETFL(OFlag::from_bits_retain(flags))).ok()?;
-            Some(new)
-        });
-        Ok(reopened.next().ok_or_else(lost)?)
-    }
-}
-
-fn note(pid: pid_t, found: &mut BTreeMap<Vec<u8>, Vec<(pid_t, i32)>>) {
-    use std::os::unix::ffi::OsStringExt;
-    // One that has been killed has nothing to give.
-    let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return };
-    for entry in entries.flatten() {
-        let Ok(link) = std::fs::read_link(entry.path()) else { continue };
-        let link = link.into_os_string().into_vec();
-        let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
-        if let (true, Some(number)) = (is_numbered(&link), number)
-            && let Some(donors) = found.get_mut(&link)
-        {
-            donors.push((pid, number));
-        }
-    }
-}
-
-pub(super) fn file_error(op: &'static str, path: &std::ffi::CStr) -> impl Fn(io::Error) -> DescriptorError {
+pub(super) fn file_error(op: &'static str, path: &CStr) -> impl Fn(io::Error) -> DescriptorError {
     let path = path.to_string_lossy().into_owned();
     move |source| DescriptorError::File { op, path: path.clone(), source }
 }

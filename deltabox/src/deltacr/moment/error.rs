@@ -5,6 +5,7 @@ use std::io;
 use libc::pid_t;
 
 use crate::deltacr::descriptors::DescriptorError;
+use crate::deltacr::objects::ObjectError;
 use crate::deltacr::state::StateError;
 use crate::deltacr::template::TemplateError;
 use crate::deltacr::{InjectError, StopError};
@@ -67,6 +68,7 @@ impl MomentError {
         match self {
             Self::Descriptors(DescriptorError::Refused(_)) | Self::Template(TemplateError::Refused(_)) => true,
             Self::Descriptors(DescriptorError::Handover(error)) => error.is_refusal(),
+            Self::Descriptors(DescriptorError::Object { source: ObjectError::Refused(_), .. }) => true,
             Self::Inject(InjectError::Refused(_)) | Self::Template(TemplateError::Inject(InjectError::Refused(_))) => {
                 true
             }

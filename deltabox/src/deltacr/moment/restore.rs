@@ -1,6 +1,6 @@
 //! Coming back to a moment.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use libc::pid_t;
 
@@ -80,8 +80,11 @@ impl<'a> Return<'a> {
     ///
     /// # Errors
     /// Some are neither what they were nor what they should be.
-    pub fn restore(&self, stopped: &mut Stopped, now: u64, to: &Root) -> Result<(), MomentError> {
+    pub fn restore(&mut self, stopped: &mut Stopped, now: u64, to: &Root) -> Result<(), MomentError> {
         self.shared.put_back().map_err(|source| MomentError::Shared { op: "put back", source })?;
+        let hosts: BTreeMap<pid_t, pid_t> =
+            self.plan.back.iter().map(|(identity, How::InPlace)| (identity.inside, identity.host)).collect();
+        self.opened.settle(|inside| hosts.get(&inside).copied())?;
         let mut tables = BTreeSet::new();
         for (identity, How::InPlace) in &self.plan.back {
             let Some((past, source)) = self.past(identity.inside) else { continue };
@@ -99,12 +102,16 @@ impl<'a> Return<'a> {
             let with_table = self.opened.table(identity.inside).is_some_and(|table| tables.insert(table));
             self.opened.give(stopped, identity.host, identity.inside, with_table)?;
         }
+        for (identity, How::InPlace) in &self.plan.back {
+            self.opened.finish(stopped, identity.host, identity.inside)?;
+        }
         // Last: what happened so far may have made signals.
         for (identity, How::InPlace) in &self.plan.back {
             if let Some((past, _)) = self.past(identity.inside) {
                 past.signals.put_back(stopped, identity.host)?;
             }
         }
+        self.opened.announce_windows();
         Ok(())
     }
 

@@ -8,7 +8,7 @@ use libc::pid_t;
 
 use super::error::{MomentError, process};
 use super::{Identity, Moment, Past};
-use crate::deltacr::descriptors::{Held, Outside};
+use crate::deltacr::descriptors::Held;
 use crate::deltacr::shared::{Found, SharedMemory};
 use crate::deltacr::state::Signals;
 use crate::deltacr::stop::Stopped;
@@ -28,8 +28,6 @@ pub struct Ground<'a> {
     pub root: &'a Root,
     /// Host PID of the sandbox's init: it will be the templates' parent.
     pub init: pid_t,
-    /// What leads out of the sandbox.
-    pub outside: &'a Outside,
     /// The cgroup above those of the processes; those of the templates are made in it.
     pub group: &'a Path,
     /// With what the names of the templates' cgroups begin.
@@ -62,7 +60,7 @@ impl Draft {
     /// # Errors
     /// All processes are as they were, and no template is left.
     pub fn take(stopped: &mut Stopped, ground: &Ground<'_>, ahead: Ahead) -> Result<Self, MomentError> {
-        let (held, memfds) = Held::read(stopped, ground.root, ground.outside, ahead)?;
+        let (held, memfds) = Held::read(stopped, ground.root, ground.init, ahead)?;
         let mut identities = Vec::with_capacity(stopped.processes().len());
         for one in stopped.processes() {
             identities.push(read_identity(one.pid).map_err(process("identify", one.pid))?);

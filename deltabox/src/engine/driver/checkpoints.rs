@@ -16,7 +16,6 @@ use std::time::{Duration, Instant};
 
 use super::merging::no_room;
 use super::{Driver, MAX_LAYERS, io_error};
-use crate::deltacr::descriptors::Outside;
 use crate::deltacr::moment::{Draft, Moment};
 use crate::deltafs::layer::{LayerId, LiveLayer, RootLook};
 use crate::deltafs::layers::{Stack, StackError};
@@ -54,11 +53,6 @@ impl Driver {
             self.tree.check_name(name)?;
         }
         let (init, group) = self.ready_to_switch()?;
-        let outside = match request.fs_only {
-            true => Outside::default(),
-            false => Outside::of(&[init, nix::unistd::getpid().as_raw()])
-                .map_err(io_error("find out what leads out of", &self.dir))?,
-        };
         self.load_ground()?;
         let unchanged = self.live.as_ref().map_or(Ok(false), LiveLayer::is_unchanged);
         let unchanged = unchanged.map_err(io_error("look at the live layer of", &self.dir))?;
@@ -104,7 +98,7 @@ impl Driver {
         let processes = match request.fs_only {
             true => Processes::Kept,
             false => {
-                let ground = TakingGround { group: &unified, prefix: &prefix, memory: &memory, outside: &outside };
+                let ground = TakingGround { group: &unified, prefix: &prefix, memory: &memory };
                 Processes::Taken { ground, draft: &mut draft }
             }
         };
