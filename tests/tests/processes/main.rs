@@ -2,6 +2,7 @@
 
 mod descriptors;
 mod memory;
+mod terminals;
 mod trees;
 
 use deltabox_tests::Host;
