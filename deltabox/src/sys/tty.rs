@@ -216,7 +216,15 @@ pub fn order(fd: BorrowedFd<'_>, what: Order) -> io::Result<()> {
 }
 
 /// Opens the slave of a master, whatever namespace it belongs to. `flags` are those of open(2).
+///
+/// TIOCGPTPEER leaves O_CLOEXEC in the description's own flags (Linux 6.18, ptm_open_peer), and fdinfo then shows it for
+/// every descriptor of it, so it is set afterwards.
 pub fn open_slave(master: BorrowedFd<'_>, flags: i32) -> io::Result<OwnedFd> {
+    let open = flags & !libc::O_CLOEXEC;
     // SAFETY: TIOCGPTPEER takes flags by value and returns a descriptor.
-    check_fd(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) }.into())
+    let slave = check_fd(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, open) }.into())?;
+    if flags & libc::O_CLOEXEC != 0 {
+        nix::fcntl::fcntl(&slave, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
+    }
+    Ok(slave)
 }

@@ -32,7 +32,7 @@ pub use open::Opened;
 use super::fdinfo::Lock;
 use super::objects::terminal::Terminal;
 use super::objects::{Epoll, Eventfd, Pidfd, Pipe, Settings, Signalfd, Timerfd};
-use super::shared::Key;
+use super::shared::{Found, Key};
 
 /// All that the processes of a sandbox hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -132,7 +132,26 @@ enum What {
     },
 }
 
+/// What was read, and what belongs to it.
+#[derive(Debug)]
+pub(super) struct Reading {
+    pub(super) held: Held,
+    /// Memory that descriptors lead to.
+    pub(super) memory: Vec<Found>,
+    /// Host PID, PID inside and number of descriptors of which only the process itself can tell whether exec closes them:
+    /// fdinfo shows the flag that the description was opened with (TIOCGPTPEER, Linux 6.18).
+    pub(super) doubtful: Vec<(pid_t, pid_t, i32)>,
+}
+
 impl Held {
+    /// Says of a descriptor whether exec closes it.
+    pub(super) fn set_close_on_exec(&mut self, inside: pid_t, number: i32, close_on_exec: bool) {
+        let Some(table) = self.seats.get(&inside).and_then(|seat| self.tables.get_mut(seat.table)) else { return };
+        if let Some(slot) = table.iter_mut().find(|slot| slot.number == number) {
+            slot.close_on_exec = close_on_exec;
+        }
+    }
+
     /// Open file descriptions, of all processes together.
     pub fn n_descriptions(&self) -> usize {
         self.descriptions.len()

@@ -8,10 +8,10 @@ use std::os::unix::ffi::OsStringExt;
 
 use libc::pid_t;
 use nix::errno::Errno;
-use nix::fcntl::readlinkat;
+use nix::fcntl::{FcntlArg, fcntl, readlinkat};
 
 use super::terminals::Terminals;
-use super::{Cwd, Description, DescriptorError, DescriptorRefusal, Held, Seat, Slot, What};
+use super::{Cwd, Description, DescriptorError, DescriptorRefusal, Held, Reading, Seat, Slot, What};
 use crate::deltacr::fdinfo::{FdInfo, Lock, Owner};
 use crate::deltacr::objects::{
     Epoll, Eventfd, Holder, ObjectError, ObjectKind, Pidfd, Pipe, Settings, Signalfd, Spare, Timerfd, kind_of,
@@ -37,7 +37,7 @@ impl Held {
         root: &Root,
         init: pid_t,
         ahead: Ahead,
-    ) -> Result<(Self, Vec<shared::Found>), DescriptorError> {
+    ) -> Result<Reading, DescriptorError> {
         let (tables, known, raw, held) = Default::default();
         let mut reader = Reader { root, ahead, tables, known, raw, held };
         for process in stopped.processes() {
@@ -154,10 +154,10 @@ impl Reader<'_> {
     }
 
     /// Now that all that there are are known: what each of them is.
-    fn finish(self, init: pid_t) -> Result<(Held, Vec<shared::Found>), DescriptorError> {
+    fn finish(self, init: pid_t) -> Result<Reading, DescriptorError> {
         let Self { root, raw, mut held, .. } = self;
         let failed = |op| move |source| DescriptorError::Process { op, pid: init, source };
-        let mut memory = Vec::new();
+        let (mut memory, mut doubtful) = (Vec::new(), Vec::new());
         let depth = pid_depth(init).map_err(failed("find the number"))?;
         let mut terminals = Terminals::new(init);
         for (at, one) in raw.iter().enumerate() {
@@ -187,6 +187,11 @@ impl Reader<'_> {
                 }
                 ObjectKind::TerminalMaster | ObjectKind::Terminal | ObjectKind::ControllingTerminal => {
                     let is_master = one.kind == ObjectKind::TerminalMaster;
+                    let own =
+                        fcntl(copy()?, FcntlArg::F_GETFL).map_err(|errno| io("look at a terminal")(errno.into()))?;
+                    if own & libc::O_CLOEXEC != 0 {
+                        doubtful.extend(one.holders.iter().map(|(task, number, inside)| (*task, *inside, *number)));
+                    }
                     terminals.note(one.pid, copy()?, is_master).map_err(io("look at a terminal"))?
                 }
                 _ => return Err(refuse(one)),
@@ -201,7 +206,7 @@ impl Reader<'_> {
             held.descriptions.push(Description { flags, position, what, settings });
         }
         held.terminals = terminals.read()?;
-        Ok((held, memory))
+        Ok(Reading { held, memory, doubtful })
     }
 }
 

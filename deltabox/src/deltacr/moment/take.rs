@@ -8,10 +8,11 @@ use libc::pid_t;
 
 use super::error::{MomentError, process};
 use super::{Identity, Moment, Past};
-use crate::deltacr::descriptors::Held;
+use crate::deltacr::descriptors::{Held, Reading};
+use crate::deltacr::handover::call;
 use crate::deltacr::shared::{Found, SharedMemory};
 use crate::deltacr::state::Signals;
-use crate::deltacr::stop::Stopped;
+use crate::deltacr::stop::{Process, Stopped};
 use crate::deltacr::table::Ahead;
 use crate::deltacr::tasks::read_identity;
 use crate::deltacr::template::{Freezer, Outline, Request, Template, TemplateError, Threads};
@@ -60,7 +61,11 @@ impl Draft {
     /// # Errors
     /// All processes are as they were, and no template is left.
     pub fn take(stopped: &mut Stopped, ground: &Ground<'_>, ahead: Ahead) -> Result<Self, MomentError> {
-        let (held, memfds) = Held::read(stopped, ground.root, ground.init, ahead)?;
+        let Reading { mut held, memory: memfds, doubtful } = Held::read(stopped, ground.root, ground.init, ahead)?;
+        for (tid, inside, number) in doubtful {
+            let closes = closes_on_exec(stopped, tid, number)?;
+            held.set_close_on_exec(inside, number, closes);
+        }
         let mut identities = Vec::with_capacity(stopped.processes().len());
         for one in stopped.processes() {
             identities.push(read_identity(one.pid).map_err(process("identify", one.pid))?);
@@ -165,6 +170,17 @@ fn sketch(stopped: &mut Stopped, ground: &Ground<'_>, identity: Identity) -> Res
     let request = Request { keeper: Some(ground.init), ..Request::default() };
     let (template, outline) = Template::make(stopped, pid, freezer, &request)?;
     Ok(Sketch { identity, template, outline, threads, signals })
+}
+
+/// Asks the process of task `tid` itself.
+fn closes_on_exec(stopped: &mut Stopped, tid: pid_t, number: i32) -> Result<bool, MomentError> {
+    let has = |process: &&Process| process.threads.iter().any(|thread| thread.tid == tid);
+    let pid = stopped.processes().iter().find(has).map_or(tid, |process| process.pid);
+    let mut hand = stopped.hand(pid)?;
+    let number = i64::from(number).cast_unsigned();
+    let flags = hand.call(libc::SYS_fcntl, call(0, &[number, libc::F_GETFD.cast_unsigned().into()]).args)?;
+    hand.close()?;
+    Ok(flags & i64::from(libc::FD_CLOEXEC) != 0)
 }
 
 /// Who has no parent among them first, then those whose parents are there, and so on.
