@@ -63,6 +63,8 @@ pub struct Hand<'a> {
     own: Registers,
     mask: u64,
     pub(super) marker: i32,
+    /// What the thread's end will be told by.
+    pub(super) exit_signal: i32,
     pub(super) area: u64,
     /// The thread waits in batch code for more calls.
     waits: bool,
@@ -122,7 +124,9 @@ impl<'a> Hand<'a> {
         own.rip = leave_critical_section(&memory, tid, &own).map_err(failed("read the rseq area of"))?;
         stopped.keep_registers(tid, own);
         stopped.pin_to(stat.cpu);
-        let mut hand = Self { stopped, pid, tid, memory, own, mask, marker, area: 0, waits: false, closed: false };
+        let exit_signal = stat.exit_signal;
+        let mut hand =
+            Self { stopped, pid, tid, memory, own, mask, marker, exit_signal, area: 0, waits: false, closed: false };
         hand.set_options(libc::PTRACE_O_SUSPEND_SECCOMP)?;
         hand.enter(ground)?;
         Ok(hand)

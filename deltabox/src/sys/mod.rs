@@ -15,6 +15,7 @@ pub mod mount;
 pub mod process;
 pub mod ptrace;
 pub mod reconfigure;
+pub mod schedule;
 pub mod seccomp;
 pub mod socket;
 pub mod stat;
