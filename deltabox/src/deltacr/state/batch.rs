@@ -104,6 +104,11 @@ impl Batch {
             return Ok(());
         }
         self.run(hand)?;
+        self.check_all()
+    }
+
+    /// Fails with the first call that failed.
+    pub(super) fn check_all(&self) -> Result<(), StateError> {
         (0..self.calls.len()).try_for_each(|at| self.answer(Asked(at)).map(drop))
     }
 
@@ -129,6 +134,13 @@ impl Batch {
         let result = self.answer(asked)?;
         let cut = u32::try_from(result & 0xffff_ffff);
         cut.map_err(|_| StateError::Unclear { call: self.names[asked.0], pid: self.pid, result })
+    }
+
+    /// The same as a PID or TID.
+    pub(super) fn answer_pid(&self, asked: Asked) -> Result<libc::pid_t, StateError> {
+        let result = self.answer(asked)?;
+        let unclear = |_| StateError::Unclear { call: self.names[asked.0], pid: self.pid, result };
+        libc::pid_t::try_from(result).map_err(unclear)
     }
 
     /// Refuses a keyring that was found by KEYCTL_GET_KEYRING_ID.

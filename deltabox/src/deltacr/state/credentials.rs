@@ -44,7 +44,7 @@ const AMBIENT_LOWER: u64 = 3;
 
 /// Those of a thread.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Credentials {
+pub(super) struct Credentials {
     users: Ids,
     groups: Ids,
     /// Sorted by the kernel.

@@ -15,7 +15,7 @@ const NAME_BYTES: usize = 16;
 
 /// Those of a thread.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Habits {
+pub(super) struct Habits {
     /// Up to its end.
     name: Vec<u8>,
     umask: u32,

@@ -34,7 +34,7 @@ const NAMES: [&str; N_LIMITS] = [
 
 /// All of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Limits {
+pub(super) struct Limits {
     each: [Limit; N_LIMITS],
 }
 

@@ -14,7 +14,7 @@ use super::impossible::{Impossible, Judge};
 
 /// That of a process. Numbers as inside; 0 for a group or session of another PID namespace.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Membership {
+pub(super) struct Membership {
     session: u32,
     group: u32,
     exit_signal: i32,
@@ -43,7 +43,7 @@ impl Membership {
     }
 
     /// What its parent is sent at its end: for who makes the process again.
-    pub fn exit_signal(&self) -> i32 {
+    pub(super) fn exit_signal(&self) -> i32 {
         self.exit_signal
     }
 
@@ -59,6 +59,16 @@ impl Membership {
         judge.unless(can, "the process group", self.group.to_string(), now.group.to_string())?;
         let can = self.exit_signal == now.exit_signal;
         judge.unless(can, "the signal at its end", self.exit_signal.to_string(), now.exit_signal.to_string())
+    }
+
+    /// The group that it had is gone, or has moved to another session.
+    pub(super) fn no_group(&self, now: &Self, pid: libc::pid_t) -> Impossible {
+        Impossible {
+            pid,
+            what: "the process group, which is gone now,",
+            was: self.group.to_string(),
+            is: now.group.to_string(),
+        }
     }
 
     /// The steps back from `now`; the last one is told if it may fail because there is no such group.

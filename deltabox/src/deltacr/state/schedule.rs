@@ -15,7 +15,7 @@ use crate::sys::schedule::{
 
 /// That of a thread.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Schedule {
+pub(super) struct Schedule {
     policy: u32,
     flags: u64,
     nice: i32,

@@ -16,7 +16,7 @@ use crate::sys::process::without_sys_resource;
 
 /// Those of a process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Traits {
+pub(super) struct Traits {
     dumpable: u32,
     /// 1, and since Linux 6.18 with a flag.
     thp_disable: u32,
