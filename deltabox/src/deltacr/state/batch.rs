@@ -54,7 +54,7 @@ impl Batch {
         }
     }
 
-    /// Room for an answer.
+    /// Room for an answer. What no call writes to is not clean: nothing is written there before.
     pub(super) fn room(&mut self, len_bytes: usize) -> Room {
         let offset = self.memory.len().next_multiple_of(8);
         self.memory.resize(offset + len_bytes, 0);

@@ -127,6 +127,10 @@ impl Signals {
                 batch.answer(*one)?;
             }
             self.actions = batch.bytes(asked.actions.0).to_vec();
+            for signal in FIXED {
+                // Not asked: whatever lay there.
+                self.actions[offset(signal)..offset(signal) + ACTION_BYTES].fill(0);
+            }
             self.timers = batch.bytes(asked.timers.0).to_vec();
             self.shared = peek(pid, tid, Pending::OfProcess)?;
         }
