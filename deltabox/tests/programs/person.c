@@ -25,7 +25,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { MAX_THREADS = 3 };
+enum { MAX_THREADS = 3, MANY = 20 };
 static int n_threads = MAX_THREADS;
 static const char *kinds;
 static pthread_t threads[MAX_THREADS];
@@ -381,6 +381,7 @@ int main(int argc, char **argv) {
     if (has("single")) n_threads = 1;
     pthread_barrier_init(&together, NULL, n_threads);
     begin();
+    if (has("many")) for (int k = 0; k < MANY; k++) { pthread_t t; MUST(-pthread_create(&t, NULL, (void *(*)(void *))pause, NULL)); }
     for (int k = 1; k < n_threads; k++) if (pthread_create(&threads[k], NULL, work, (void *)(intptr_t)k)) die("pthread_create");
     begin_thread(0);
     // Credentials of any thread take it away.

@@ -32,25 +32,26 @@ impl Status {
 
 /// Parses it, or names the field that is missing. A name in it has its line ends escaped: it cannot look like a field.
 fn parse(text: &str) -> Result<Status, &'static str> {
-    let word = |field: &'static str| {
-        let found = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    // In the kernel's order: one walk.
+    let mut lines = text.lines();
+    let mut word = |field: &'static str| {
+        let found = lines.find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
         found.map(str::trim).ok_or(field)
     };
-    let set = |field| u64::from_str_radix(word(field)?, 16).map_err(|_| field);
-    let number = |field| word(field)?.parse::<u32>().map_err(|_| field);
+    let set = |text: Result<&str, _>, field| u64::from_str_radix(text?, 16).map_err(|_| field);
     Ok(Status {
         umask: u32::from_str_radix(word("Umask")?, 8).map_err(|_| "Umask")?,
         sets: Sets {
-            inheritable: set("CapInh")?,
-            permitted: set("CapPrm")?,
-            effective: set("CapEff")?,
-            bounding: set("CapBnd")?,
-            ambient: set("CapAmb")?,
+            inheritable: set(word("CapInh"), "CapInh")?,
+            permitted: set(word("CapPrm"), "CapPrm")?,
+            effective: set(word("CapEff"), "CapEff")?,
+            bounding: set(word("CapBnd"), "CapBnd")?,
+            ambient: set(word("CapAmb"), "CapAmb")?,
         },
-        no_new_privs: number("NoNewPrivs")? == 1,
+        no_new_privs: word("NoNewPrivs")? == "1",
         // Not there in kernels without it; then nothing has filters.
-        seccomp_mode: number("Seccomp").or_else(|field| word(field).map_or(Ok(0), |_| Err(field)))?,
-        n_filters: number("Seccomp_filters").or_else(|field| word(field).map_or(Ok(0), |_| Err(field)))?,
+        seccomp_mode: word("Seccomp").map_or(Ok(0), |mode| mode.parse().map_err(|_| "Seccomp"))?,
+        n_filters: word("Seccomp_filters").map_or(Ok(0), |n| n.parse().map_err(|_| "Seccomp_filters"))?,
     })
 }
 
