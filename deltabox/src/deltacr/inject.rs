@@ -94,7 +94,7 @@ impl<'a> Hand<'a> {
             return Err(InjectRefusal::ForeignArchitecture { pid }.into());
         }
         let memory = Memory::of(pid, tid);
-        let (ground, stat) = match look_at_known(stopped, tid, &memory) {
+        let (ground, stat) = match look_at_known(stopped, (pid, tid), &memory) {
             Some(known) => known,
             None => {
                 let file = tasks::open_stat(pid, tid).map_err(failed("read the state of"))?;
@@ -459,9 +459,14 @@ fn thread_error(op: &'static str, pid: pid_t, tid: pid_t, source: io::Error) -> 
     InjectError::Thread { op, pid, tid, source }
 }
 
-/// The ground and state of a process that the tracer knows from an earlier stop, if all is as it was.
-fn look_at_known(stopped: &Stopped, tid: pid_t, memory: &Memory) -> Option<(Ground, Stat)> {
-    let known = stopped.kept.known.iter().find(|known| known.tid == tid)?;
-    let stat = tasks::reread_stat(&known.stat).ok()??;
+/// The ground of a process that the tracer knows from an earlier hand, if all is as it was, and the state of the thread:
+/// the area is the same for all threads.
+fn look_at_known(stopped: &Stopped, (pid, tid): (pid_t, pid_t), memory: &Memory) -> Option<(Ground, Stat)> {
+    let known = stopped.kept.known.iter().find(|known| known.pid == pid)?;
+    let stat = if known.tid == tid {
+        tasks::reread_stat(&known.stat).ok()??
+    } else {
+        tasks::read_stat(pid, tid).ok()??
+    };
     known.holds(memory).then_some((Ground::Known(known.area), stat))
 }

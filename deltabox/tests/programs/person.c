@@ -1,5 +1,6 @@
 // Who a process is, in a known state. person KIND[,KIND...]: reads one byte to begin, prints "ready". Then letters: 'm'
-// changes everything, 'c' says "ok" if all is as at the beginning, 'f' goes on in a fork with the same PID, 'q' ends.
+// changes everything, 'c' says "ok" if all is as at the beginning, 'f' goes on in a fork with the same PID, 'r' and a
+// number of four bytes changes something, 'q' ends.
 // All by raw calls: each thread has its own of what the library would make the same for all.
 // SANDBOX=1: in a user and a PID namespace of its own, as PID 2, with a filter, without CAP_SYS_NICE and CAP_SYS_RESOURCE.
 #define _GNU_SOURCE
@@ -35,12 +36,23 @@ static char letter;
 static int in_sandbox, nice_then;
 static pid_t group_then, session_then;
 
-static int has(const char *kind) {
+static int read_all(void *to, size_t n) {
+    for (size_t got = 0; got < n;) {
+        ssize_t now = read(0, (char *)to + got, n - got);
+        if (now <= 0) return -1;
+        got += now;
+    }
+    return 0;
+}
+static int has_now(const char *kind) {
     size_t n = strlen(kind);
     for (const char *at = kinds; (at = strstr(at, kind)); at += n)
         if ((at == kinds || at[-1] == ',') && (at[n] == 0 || at[n] == ',')) return 1;
     return 0;
 }
+// BARE=1: at the beginning it is nothing of what it should be.
+static int bare;
+static int has(const char *kind) { return !bare && has_now(kind); }
 static void say(const char *word, const char *what) {
     if (what) printf("%s %s: %s\n", word, what, strerror(errno)); else printf("%s\n", word);
     fflush(stdout);
@@ -214,7 +226,7 @@ static const char *compare_thread(int k) {
     MUST(prctl(PR_GET_PDEATHSIG, &signal));
     if ((has("habits") || has("ids")) && signal != (k == 1 ? 0 : SIGWINCH)) return "signal at the parent's end";
     struct sets s = get_sets();
-    if (memcmp(&s, &sets_then[k], sizeof s)) return "capabilities";
+    if (!getenv("BARE") && memcmp(&s, &sets_then[k], sizeof s)) return "capabilities";
     if (ambient() != ambient_then[k]) return "ambient capabilities";
     return NULL;
 }
@@ -265,6 +277,13 @@ static void begin(void) {
         MUST(prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0));
     }
     MUST(prctl(PR_SET_DUMPABLE, 1));
+    if (has("poor")) {
+        struct rlimit l = {100, 200};
+        MUST(setrlimit(RLIMIT_NPROC, &l));
+        MUST(prctl(PR_CAPBSET_DROP, 10));
+        MUST(prctl(PR_CAPBSET_DROP, 37));
+        MUST(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
+    }
     group_then = getpgid(0);
     session_then = getsid(0);
 }
@@ -307,10 +326,51 @@ static const char *compare(void) {
         if (prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0) != 1) return "huge pages";
         if (score() != 300) return "score";
     }
+    if (has("poor")) {
+        struct rlimit l;
+        MUST(getrlimit(RLIMIT_NPROC, &l));
+        if (l.rlim_cur != 100 || l.rlim_max != 200) return "hard limit";
+        if (prctl(PR_CAPBSET_READ, 10) || prctl(PR_CAPBSET_READ, 37)) return "bound";
+        if (prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) != 1) return "no_new_privs, wanted";
+    }
     // Credentials change it too.
     if (prctl(PR_GET_DUMPABLE) != 1) return "dumpable";
     if (has("gone-nnp") && prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0)) return "no_new_privs";
     return NULL;
+}
+
+// Some calls with some values that change who the first thread is, whatever becomes of them.
+static uint32_t next(uint32_t *seed, uint32_t n) {
+    *seed = *seed * 1664525 + 1013904223;
+    return (*seed >> 8) % n;
+}
+static void change_somehow(uint32_t seed) {
+    static const uid_t ids[] = {0, 1, 1000, -1};
+#define ID ids[next(&seed, 4)]
+    uint64_t some = 0;
+    for (int bit = 0; bit < 41; bit++) some |= (uint64_t)(next(&seed, 16) != 0) << bit;
+    for (int n = 2 + next(&seed, 6); n > 0; n--) switch (next(&seed, 12)) {
+    case 0: syscall(SYS_setresuid, ID, ID, ID); break;
+    case 1: syscall(SYS_setresgid, ID, ID, ID); break;
+    case 2: syscall(SYS_setfsuid, ID); break;
+    case 3: syscall(SYS_setfsgid, ID); break;
+    case 4: { gid_t g[] = {next(&seed, 9), next(&seed, 9), 5}; syscall(SYS_setgroups, next(&seed, 4), g); break; }
+    case 5: prctl(PR_SET_SECUREBITS, next(&seed, 128) & 0x55); break;
+    case 6: prctl(PR_SET_SECUREBITS, next(&seed, 256)); break;
+    case 7: prctl(PR_SET_KEEPCAPS, next(&seed, 2)); break;
+    case 8: prctl(PR_CAPBSET_DROP, 20 + next(&seed, 20)); break;
+    case 9: prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, next(&seed, 12), 0, 0); break;
+    case 10: prctl(PR_SET_PDEATHSIG, next(&seed, 3)); break;
+    case 11: {
+        struct sets s = get_sets();
+        uint32_t header[2] = {0x20080522, 0};
+        uint64_t kept = next(&seed, 6) ? s.permitted : s.permitted & some;
+        s = (struct sets){kept & (next(&seed, 2) ? some : 0), kept, next(&seed, 3) ? kept & 0xfff : s.inheritable};
+        uint32_t d[6] = {s.effective, s.permitted, s.inheritable, s.effective >> 32, s.permitted >> 32, s.inheritable >> 32};
+        syscall(SYS_capset, header, d);
+        break;
+    }
+    }
 }
 
 // Becomes a process of a sandbox; what made it relays its end.
@@ -377,8 +437,9 @@ int main(int argc, char **argv) {
     if (read(0, &letter, 1) != 1) return 1;
     nice_then = getpriority(PRIO_PROCESS, 0);
     in_sandbox = getenv("SANDBOX") != NULL;
+    bare = getenv("BARE") != NULL;
     if (in_sandbox) enter_sandbox();
-    if (has("single")) n_threads = 1;
+    if (has_now("single")) n_threads = 1;
     pthread_barrier_init(&together, NULL, n_threads);
     begin();
     if (has("many")) for (int k = 0; k < MANY; k++) { pthread_t t; MUST(-pthread_create(&t, NULL, (void *(*)(void *))pause, NULL)); }
@@ -388,10 +449,16 @@ int main(int argc, char **argv) {
     pthread_barrier_wait(&together);
     MUST(prctl(PR_SET_DUMPABLE, 1));
     pthread_barrier_wait(&together);
+    bare = 0;
     say("ready", NULL);
     while (read(0, &letter, 1) == 1 && letter != 'q') {
         if (letter == 'm') change();
         if (letter == 'f') go_on_in_fork();
+        if (letter == 'r') {
+            uint32_t seed;
+            MUST(read_all(&seed, sizeof seed));
+            change_somehow(seed);
+        }
         wrong = letter == 'c' ? compare() : NULL;
         pthread_barrier_wait(&together);
         if (letter == 'm') change_thread(0);

@@ -181,6 +181,66 @@ fn a_fork_with_the_same_pid_becomes_what_its_model_was() {
     }
 }
 
+/// Of another parent, with more than it had: what is to be given up is given up.
+#[test]
+fn another_process_becomes_what_its_model_was() {
+    let kinds = "single,poor,ids,habits,schedule,limits,traits";
+    let (mut model, pid) = start(kinds, Where::Sandbox);
+    assert_eq!(tell(&mut model, b'c'), "ok");
+    let person = read(&model, pid);
+    let mut other = Target::start_as("person", kinds, &[("SANDBOX", "1"), ("BARE", "1")]);
+    let bad = tell(&mut other, b'c');
+    assert!(bad.starts_with("bad"), "{bad}");
+    let pid = second_inside(&other);
+    person.can_be_rebuilt(&read(&other, pid), 1).expect("it has more");
+    let back = read(&other, pid).can_be_rebuilt(&person, 1).expect_err("it has less");
+    assert_eq!(back.what, "the bound of capabilities");
+    if let Err(error) = put_back(&other, pid, &person) {
+        panic!("{error}");
+    }
+    assert_eq!(tell(&mut other, b'c'), "ok");
+    assert_eq!(read(&other, pid), person);
+}
+
+/// Whatever it does to itself: either there is a way back, and it is gone, or it is told beforehand.
+#[test]
+fn judgement_and_way_back_agree_about_credentials_changed_at_random() {
+    let (mut seed, mut n_back, mut n_impossible) = (1_u32, 0, 0);
+    for place in [Where::Host, Where::Sandbox] {
+        for _ in 0..20 {
+            let (mut target, pid) = start("single", place);
+            let mut change = |target: &mut Target| {
+                use std::io::Write;
+                seed = seed.wrapping_mul(747_796_405).wrapping_add(2_891_336_453);
+                let bytes = [&b"r"[..], &seed.to_le_bytes()].concat();
+                target.input.as_mut().expect("an input").write_all(&bytes).expect("write to the program");
+                assert_eq!(target.line(), "ok");
+                seed
+            };
+            let first = change(&mut target);
+            let mut person = read(&target, pid);
+            for _ in 0..8 {
+                let then = change(&mut target);
+                let now = read(&target, pid);
+                match (person.can_be_put_back(&now), put_back(&target, pid, &person)) {
+                    (Ok(()), Ok(())) => {
+                        n_back += usize::from(now != person);
+                        assert_eq!(read(&target, pid), person, "{first} {then}");
+                    }
+                    (Err(judged), Err(StateError::Impossible(refused))) => {
+                        assert_eq!(judged, refused);
+                        n_impossible += 1;
+                        person = now;
+                    }
+                    (judged, put) => panic!("{place:?} {first} {then}: {judged:?}, then {put:?}\n{person:#?}\n{now:#?}"),
+                }
+            }
+        }
+    }
+    println!("{n_back} times back, {n_impossible} times impossible");
+    assert!(n_back > 50 && n_impossible > 30, "{n_back} times back, {n_impossible} times impossible");
+}
+
 #[test]
 fn filters_of_its_own_are_not_made_again_by_another_parent() {
     let (mut target, pid) = start("gone-filter", Where::Sandbox);

@@ -291,3 +291,6 @@ fn list(ids: &[u32]) -> String {
         text
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -272,3 +272,40 @@ fn text(numbers: &[pid_t]) -> String {
         text
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn person(tids: &[pid_t]) -> Person {
+        let thread = |tid: &pid_t| ThreadPerson { tid: *tid, ..ThreadPerson::default() };
+        Person { pid: 7, threads: tids.iter().map(thread).collect(), ..Person::default() }
+    }
+
+    #[test]
+    fn threads_are_the_same_in_whatever_order() {
+        assert_eq!(person(&[7, 8]).can_be_put_back(&person(&[8, 7])), Ok(()));
+        assert_eq!(person(&[7, 8]).what_differs(&person(&[8, 7])), None);
+        for now in [person(&[7]), person(&[7, 9]), person(&[7, 8, 9])] {
+            let impossible = person(&[7, 8]).can_be_put_back(&now).expect_err("other threads");
+            assert_eq!((impossible.what, impossible.was.as_str()), ("threads", "7 8"));
+        }
+        let other = Person { pid: 9, ..person(&[7, 8]) };
+        assert_eq!(person(&[7, 8]).can_be_put_back(&other).expect_err("another process").what, "the PID inside");
+    }
+
+    #[test]
+    fn what_the_kernel_alone_makes_dumpable_is_not_touched() {
+        let with = |text: &str| Person {
+            traits: serde_json::from_str(text).expect("traits"),
+            ..person(&[7])
+        };
+        let of = |dumpable| {
+            with(&format!(r#"{{"dumpable":{dumpable},"thp_disable":0,"subreaper":false,"oom_score_adj":0}}"#))
+        };
+        let cases = [(0, 1, true), (1, 0, true), (1, 2, true), (2, 2, true), (2, 1, false), (2, 0, false)];
+        for (was, is, can) in cases {
+            assert_eq!(of(was).can_be_put_back(&of(is)).is_ok(), can, "{was} from {is}");
+        }
+    }
+}
