@@ -2,29 +2,15 @@
 // changes everything, 'c' says "ok" if all is as at the beginning, 'f' goes on in a fork with the same PID, 'r' and a
 // number of four bytes changes something, 'q' ends.
 // All by raw calls: each thread has its own of what the library would make the same for all.
-// SANDBOX=1: in a user and a PID namespace of its own, as PID 2, with a filter, without CAP_SYS_NICE and CAP_SYS_RESOURCE.
+// SANDBOX=1: as in a sandbox. BARE=1: at the beginning it is nothing of what it should be.
 #define _GNU_SOURCE
-#include <errno.h>
-#include <fcntl.h>
-#include <grp.h>
-#include <linux/filter.h>
+#include "sandbox.h"
 #include <linux/sched.h>
-#include <linux/seccomp.h>
 #include <pthread.h>
-#include <sched.h>
-#include <signal.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/personality.h>
-#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 enum { MAX_THREADS = 3, MANY = 20 };
 static int n_threads = MAX_THREADS;
@@ -33,7 +19,7 @@ static pthread_t threads[MAX_THREADS];
 static pthread_barrier_t together;
 static const char *wrong;
 static char letter;
-static int in_sandbox, nice_then;
+static int nice_then;
 static pid_t group_then, session_then;
 
 static int read_all(void *to, size_t n) {
@@ -50,46 +36,12 @@ static int has_now(const char *kind) {
         if ((at == kinds || at[-1] == ',') && (at[n] == 0 || at[n] == ',')) return 1;
     return 0;
 }
-// BARE=1: at the beginning it is nothing of what it should be.
 static int bare;
 static int has(const char *kind) { return !bare && has_now(kind); }
-static void say(const char *word, const char *what) {
-    if (what) printf("%s %s: %s\n", word, what, strerror(errno)); else printf("%s\n", word);
-    fflush(stdout);
-}
-static void die(const char *what) { say("dead", what); _exit(1); }
-#define MUST(call) do { if ((call) < 0) die(#call); } while (0)
-
-struct sets { uint64_t effective, permitted, inheritable; };
-static struct sets get_sets(void) {
-    uint32_t header[2] = {0x20080522, 0}, d[6];
-    MUST(syscall(SYS_capget, header, d));
-    return (struct sets){d[0] | (uint64_t)d[3] << 32, d[1] | (uint64_t)d[4] << 32, d[2] | (uint64_t)d[5] << 32};
-}
-static void set_sets(struct sets s) {
-    uint32_t header[2] = {0x20080522, 0};
-    uint32_t d[6] = {s.effective, s.permitted, s.inheritable, s.effective >> 32, s.permitted >> 32, s.inheritable >> 32};
-    MUST(syscall(SYS_capset, header, d));
-}
 static uint64_t ambient(void) {
     uint64_t found = 0;
     for (int cap = 0; cap < 41; cap++) found |= (uint64_t)(prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_IS_SET, cap, 0, 0) == 1) << cap;
     return found;
-}
-static void filter(void) {
-    struct sock_filter code[] = {
-        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
-        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_keyctl, 0, 1),
-        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
-        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
-    };
-    struct sock_fprog program = {4, code};
-    MUST(syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &program));
-}
-static void put(const char *path, const char *text) {
-    int fd = open(path, O_WRONLY);
-    if (fd < 0 || write(fd, text, strlen(text)) < 0) die(path);
-    close(fd);
 }
 static int score(void) {
     char text[32] = {0};
@@ -373,47 +325,6 @@ static void change_somehow(uint32_t seed) {
     }
 }
 
-// Becomes a process of a sandbox; what made it relays its end.
-static void enter_sandbox(void) {
-    int go[2];
-    MUST(pipe(go));
-    pid_t init = syscall(SYS_clone, CLONE_NEWUSER | CLONE_NEWPID | SIGCHLD, 0, 0, 0, 0);
-    MUST(init);
-    if (init > 0) {
-        char path[64];
-        snprintf(path, sizeof path, "/proc/%d/uid_map", init);
-        put(path, "0 100000 65536");
-        snprintf(path, sizeof path, "/proc/%d/gid_map", init);
-        put(path, "0 100000 65536");
-        MUST(write(go[1], "x", 1));
-        close(go[1]);
-        close(0);
-        close(1);
-        waitpid(init, NULL, 0);
-        _exit(0);
-    }
-    char byte;
-    close(go[1]);
-    MUST(read(go[0], &byte, 1));
-    close(go[0]);
-    MUST(setgroups(0, NULL));
-    MUST(setresgid(0, 0, 0));
-    MUST(setresuid(0, 0, 0));
-    MUST(prctl(PR_SET_DUMPABLE, 1));
-    MUST(setsid());
-    filter();
-    uint64_t kept = get_sets().permitted & ~(1ull << 23 | 1ull << 24);
-    MUST(prctl(PR_CAPBSET_DROP, 23));
-    MUST(prctl(PR_CAPBSET_DROP, 24));
-    set_sets((struct sets){kept, kept, 0});
-    pid_t body = fork();
-    MUST(body);
-    if (body == 0) return;
-    close(0);
-    close(1);
-    for (;;) if (wait(NULL) < 0 && errno == ECHILD) _exit(0);
-}
-
 // A fork with the same PID: what a process is that comes from its template. Its parent is init.
 static void go_on_in_fork(void) {
     pid_t own = getpid(), maker = fork();
@@ -436,9 +347,8 @@ int main(int argc, char **argv) {
     kinds = argc > 1 ? argv[1] : "";
     if (read(0, &letter, 1) != 1) return 1;
     nice_then = getpriority(PRIO_PROCESS, 0);
-    in_sandbox = getenv("SANDBOX") != NULL;
     bare = getenv("BARE") != NULL;
-    if (in_sandbox) enter_sandbox();
+    if (getenv("SANDBOX")) enter_sandbox();
     if (has_now("single")) n_threads = 1;
     pthread_barrier_init(&together, NULL, n_threads);
     begin();

@@ -7,31 +7,10 @@ use deltabox::deltacr::state::{Person, StateError};
 use libc::pid_t;
 
 use crate::target::Target;
-use crate::tell;
+use crate::{Where, second_inside, tell};
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Where {
-    Host,
-    Sandbox,
-}
-
-/// The program, and its host PID.
 fn start(kinds: &str, place: Where) -> (Target, pid_t) {
-    let variables: &[_] = if place == Where::Sandbox { &[("SANDBOX", "1")] } else { &[] };
-    let target = Target::start_as("person", kinds, variables);
-    let pid = if place == Where::Sandbox { second_inside(&target) } else { target.pid() };
-    (target, pid)
-}
-
-/// The process of the group with PID 2 in a namespace.
-fn second_inside(target: &Target) -> pid_t {
-    let list = std::fs::read_to_string(target.group.0.join("cgroup.procs")).expect("processes");
-    let is_second = |pid: &pid_t| {
-        let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-        let line = text.lines().find(|line| line.starts_with("NSpid:")).unwrap_or_default().to_owned();
-        line.split_ascii_whitespace().skip(2).eq(["2"])
-    };
-    list.lines().filter_map(|line| line.parse().ok()).find(is_second).expect("PID 2 inside")
+    crate::start("person", kinds, place)
 }
 
 fn read(target: &Target, pid: pid_t) -> Person {
