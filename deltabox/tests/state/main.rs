@@ -1,5 +1,6 @@
 //! What a process is apart from memory: changed by the program, put back by the engine, confirmed by the program.
 
+mod killed;
 mod measured;
 mod person;
 #[path = "../stop_inject/target.rs"]

@@ -170,6 +170,7 @@ impl Person {
         // The first last: what it says of the memory, any of them forgets.
         for one in pairs.iter().rev() {
             forgotten |= self.change_thread(now, stopped, (pid, one))?;
+            fault::point("state.thread").map_err(process("put back", pid))?;
         }
         self.change_process(now, stopped, (pid, hosts[0]), forgotten)?;
         let differs = self.what_differs(&Self::read(stopped, pid)?);

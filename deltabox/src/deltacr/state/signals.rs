@@ -18,6 +18,7 @@ use super::error::{StateError, process};
 use super::threads::{host_threads, pair};
 use crate::deltacr::inject::{Call, Hand};
 use crate::deltacr::stop::Stopped;
+use crate::fault;
 use crate::sys::ptrace::{Pending, SIGNAL_INFO_BYTES, peek_signals};
 
 /// The kernel's `struct sigaction`: handler, flags, restorer, mask.
@@ -188,6 +189,7 @@ impl Signals {
                     hand.close()?;
                 }
             }
+            fault::point("state.taken").map_err(process("put back the waiting signals of", pid))?;
         }
         let runs = |timers: &[u8]| timers.iter().any(|byte| *byte != 0);
         if self.actions != now.actions || runs(&self.timers) || runs(&now.timers) {
