@@ -246,3 +246,21 @@ fn a_record_has_numbers_as_inside() {
     assert_eq!(tids(&written["signals"]["threads"]), BTreeSet::from([2, 3, 4]));
     assert_eq!(written["membership"], serde_json::json!({"session": 1, "group": 1, "exit_signal": libc::SIGCHLD}));
 }
+
+#[test]
+fn a_process_whose_first_thread_has_ended_is_read_by_another() {
+    use std::time::{Duration, Instant};
+    let target = Target::start("waits", "late-leader");
+    let (pid, end) = (target.pid(), Instant::now() + Duration::from_secs(10));
+    while target.state() != "Z" {
+        assert!(Instant::now() < end, "the first thread does not end");
+        std::thread::yield_now();
+    }
+    let person = read(&target, pid);
+    assert_eq!(person.exit_signal(), libc::SIGCHLD);
+    let written = serde_json::to_value(&person).expect("a record");
+    assert_eq!(written["pid"], pid);
+    assert_eq!(written["threads"].as_array().expect("threads").len(), 1);
+    assert_ne!(written["threads"][0]["tid"], pid);
+    put_back(&target, pid, &person).expect("nothing to do");
+}
