@@ -463,10 +463,7 @@ fn thread_error(op: &'static str, pid: pid_t, tid: pid_t, source: io::Error) -> 
 /// the area is the same for all threads.
 fn look_at_known(stopped: &Stopped, (pid, tid): (pid_t, pid_t), memory: &Memory) -> Option<(Ground, Stat)> {
     let known = stopped.kept.known.iter().find(|known| known.pid == pid)?;
-    let stat = if known.tid == tid {
-        tasks::reread_stat(&known.stat).ok()??
-    } else {
-        tasks::read_stat(pid, tid).ok()??
-    };
+    let stat =
+        if known.tid == tid { tasks::reread_stat(&known.stat).ok()?? } else { tasks::read_stat(pid, tid).ok()?? };
     known.holds(memory).then_some((Ground::Known(known.area), stat))
 }

@@ -253,7 +253,8 @@ mod tests {
 
     #[test]
     fn a_stat_line_with_brackets_in_the_name_is_read() {
-        let expected = Stat { state: 'S', pending: 4, ignored: 4096, caught: 65536, n_threads: 3, exit_signal: 17, cpu: 1 };
+        let expected =
+            Stat { state: 'S', pending: 4, ignored: 4096, caught: 65536, n_threads: 3, exit_signal: 17, cpu: 1 };
         assert_eq!(parse_stat(LINE), Some(expected));
     }
 

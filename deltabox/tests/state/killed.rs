@@ -25,9 +25,8 @@ fn goes_on_after(point: &str, program: &str, kinds: &str, is_untouched: bool) {
     for place in [Where::Host, Where::Sandbox] {
         for action in ["kill", "error"] {
             let (mut target, pid) = start(program, kinds, place);
-            let read = |target: &crate::Target| {
-                target.group.stopped(|stopped| Person::read(stopped, pid).expect("read"))
-            };
+            let read =
+                |target: &crate::Target| target.group.stopped(|stopped| Person::read(stopped, pid).expect("read"));
             assert_eq!(tell(&mut target, b'c'), "ok");
             let person = read(&target);
             assert_eq!(tell(&mut target, b'm'), "ok");

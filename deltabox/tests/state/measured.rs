@@ -1,4 +1,6 @@
-//! What it costs while all stand still. `cargo test -p deltabox --test state -- --ignored --nocapture measured`
+//! Numbers of docs/process-state.md: what it costs while all stand still.
+
+#![expect(clippy::print_stdout, reason = "a measurement is printed")]
 
 use std::time::{Duration, Instant};
 
@@ -13,11 +15,11 @@ const N: usize = 300;
 fn show(what: &str, mut times: Vec<Duration>) {
     times.sort_unstable();
     let at = |part: usize| times[(times.len() * part / 100).min(times.len() - 1)].as_micros();
-    println!("{what}: p50 {} us, p99 {} us", at(50), at(99));
+    println!("{what:48} p50 {:>6} us  p99 {:>6} us  n {}", at(50), at(99), times.len());
 }
 
 /// `work` in one stop after the other, by one tracer.
-fn measure<R: Send>(target: &mut Target, what: &str, change: bool, work: impl Fn(&mut Stopped) -> R + Send + Sync) {
+fn measure_one<R: Send>(target: &mut Target, what: &str, change: bool, work: impl Fn(&mut Stopped) -> R + Send + Sync) {
     let (mut tracer, mut times) = (Tracer::new(), Vec::with_capacity(N));
     for _ in 0..N {
         if change {
@@ -39,22 +41,23 @@ fn measure_all(kinds: &str) {
     let person = target.group.stopped(|stopped| Person::read(stopped, pid).expect("read"));
     println!("{kinds}");
     let close = |stopped: &mut Stopped| stopped.hand(pid).expect("a hand").close().expect("close");
-    measure(&mut target, "  a hand, closed again", false, close);
-    measure(&mut target, "  signals read", false, |stopped| Signals::read(stopped, pid).expect("read"));
-    measure(&mut target, "  all read", false, |stopped| Person::read(stopped, pid).expect("read"));
-    measure(&mut target, "  all read, judged, nothing to put back", false, |stopped| {
+    measure_one(&mut target, "  a hand, closed again", false, close);
+    measure_one(&mut target, "  signals read", false, |stopped| Signals::read(stopped, pid).expect("read"));
+    measure_one(&mut target, "  all read", false, |stopped| Person::read(stopped, pid).expect("read"));
+    measure_one(&mut target, "  all read, judged, nothing to put back", false, |stopped| {
         person.put_back(stopped, pid).expect("put back");
     });
-    measure(&mut target, "  all read, judged, put back, looked at again", true, |stopped| {
+    measure_one(&mut target, "  all read, judged, put back, looked at again", true, |stopped| {
         person.put_back(stopped, pid).expect("put back");
     });
 }
 
+/// Not a test: prints the numbers of docs/process-state.md. Run with `--ignored --nocapture --test-threads 1`.
 #[test]
-#[ignore = "measures"]
-fn measured() {
+#[ignore = "a measurement"]
+fn measure() {
+    // 1 thread, 3, and 23.
     measure_all("single,habits,limits,schedule,traits");
     measure_all("habits,limits,schedule,traits,caps");
-    measure_all("");
     measure_all("many");
 }

@@ -1,6 +1,8 @@
 //! Who a process is: changed by the program, put back by the engine, confirmed by the program. On the host and as in a
 //! sandbox, where the program has a user namespace, a filter and few capabilities.
 
+#![expect(clippy::panic, reason = "what is not expected fails the test, with what there was instead")]
+
 use std::collections::BTreeSet;
 
 use deltabox::deltacr::state::{Person, StateError};
@@ -144,7 +146,9 @@ fn where_nothing_differs_nothing_is_done() {
 
 #[test]
 fn a_fork_with_the_same_pid_becomes_what_its_model_was() {
-    for kinds in ["single,session", "single,session,habits,schedule,limits,traits", "single,session,ids", "single,session,caps"] {
+    for kinds in
+        ["single,session", "single,session,habits,schedule,limits,traits", "single,session,ids", "single,session,caps"]
+    {
         let (mut target, pid) = start(kinds, Where::Sandbox);
         let person = read(&target, pid);
         assert_eq!(tell(&mut target, b'f'), "ok", "{kinds}");
@@ -211,7 +215,9 @@ fn judgement_and_way_back_agree_about_credentials_changed_at_random() {
                         n_impossible += 1;
                         person = now;
                     }
-                    (judged, put) => panic!("{place:?} {first} {then}: {judged:?}, then {put:?}\n{person:#?}\n{now:#?}"),
+                    (judged, put) => {
+                        panic!("{place:?} {first} {then}: {judged:?}, then {put:?}\n{person:#?}\n{now:#?}")
+                    }
                 }
             }
         }

@@ -102,11 +102,14 @@ mod tests {
     fn soft_limits_go_both_ways_and_hard_ones_only_down() {
         let limits = |soft, hard| Limits { each: [Limit { soft, hard }; N_LIMITS] };
         let judge = Judge { pid: 7 };
-        for (was, is) in [(limits(5, 10), limits(10, 10)), (limits(10, 10), limits(0, 10)), (limits(1, 5), limits(1, 9))] {
+        for (was, is) in
+            [(limits(5, 10), limits(10, 10)), (limits(10, 10), limits(0, 10)), (limits(1, 5), limits(1, 9))]
+        {
             assert_eq!(was.judge(&is, &judge), Ok(()));
         }
         let refused = limits(5, 10).judge(&limits(5, 9), &judge).expect_err("a lowered hard limit");
-        let text = "process 7 (inside) cannot be what it was: the limit of CPU time was 5 of at most 10, is 5 of at most 9";
+        let text =
+            "process 7 (inside) cannot be what it was: the limit of CPU time was 5 of at most 10, is 5 of at most 9";
         assert_eq!(refused.to_string(), text);
     }
 }

@@ -297,10 +297,7 @@ mod tests {
 
     #[test]
     fn what_the_kernel_alone_makes_dumpable_is_not_touched() {
-        let with = |text: &str| Person {
-            traits: serde_json::from_str(text).expect("traits"),
-            ..person(&[7])
-        };
+        let with = |text: &str| Person { traits: serde_json::from_str(text).expect("traits"), ..person(&[7]) };
         let of = |dumpable| {
             with(&format!(r#"{{"dumpable":{dumpable},"thp_disable":0,"subreaper":false,"oom_score_adj":0}}"#))
         };

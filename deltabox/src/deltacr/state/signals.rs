@@ -272,12 +272,7 @@ fn take_waiting(hand: &mut Hand<'_>, n: usize) -> Result<(), StateError> {
 }
 
 /// Queues signals for the hand's thread or its process (PID and TID inside).
-fn queue(
-    hand: &mut Hand<'_>,
-    signals: &[Vec<u8>],
-    call: i64,
-    (pid, tid): (pid_t, pid_t),
-) -> Result<(), StateError> {
+fn queue(hand: &mut Hand<'_>, signals: &[Vec<u8>], call: i64, (pid, tid): (pid_t, pid_t)) -> Result<(), StateError> {
     let scratch = hand.scratch();
     let room = usize::try_from(scratch.end - scratch.start).unwrap_or(0) / SIGNAL_INFO_BYTES;
     let [pid, tid] = [pid, tid].map(|number| u64::from(number.unsigned_abs()));

@@ -65,13 +65,8 @@ mod tests {
 
     #[test]
     fn fields_are_found_whatever_the_name() {
-        let sets = Sets {
-            inheritable: 1,
-            permitted: 0x1ff_feff_ffff,
-            effective: 2,
-            bounding: 0x1ff_ffff_ffff,
-            ambient: 3,
-        };
+        let sets =
+            Sets { inheritable: 1, permitted: 0x1ff_feff_ffff, effective: 2, bounding: 0x1ff_ffff_ffff, ambient: 3 };
         let expected = Status { umask: 0o27, sets, no_new_privs: true, seccomp_mode: 2, n_filters: 3 };
         assert_eq!(parse(TEXT), Ok(expected));
     }
@@ -79,7 +74,8 @@ mod tests {
     #[test]
     fn a_field_that_is_missing_or_spoilt_is_named() {
         for field in ["Umask", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs"] {
-            let without: String = TEXT.lines().filter(|line| !line.starts_with(field)).flat_map(|l| [l, "\n"]).collect();
+            let without: String =
+                TEXT.lines().filter(|line| !line.starts_with(field)).flat_map(|l| [l, "\n"]).collect();
             assert_eq!(parse(&without), Err(field));
         }
         assert_eq!(parse(&TEXT.replace("filters:\t3", "filters:\tx")), Err("Seccomp_filters"));
