@@ -23,6 +23,8 @@ pub(super) struct Stat {
     pub(super) caught: u64,
     /// Threads of its process, ended ones that are not reaped too.
     pub(super) n_threads: u32,
+    /// What its parent is sent at its end; -1 for what is no leader.
+    pub(super) exit_signal: i32,
     /// The CPU it ran on last.
     pub(super) cpu: usize,
 }
@@ -42,6 +44,7 @@ fn parse_stat(text: &str) -> Option<Stat> {
         ignored: field(33)?.parse().ok()?,
         caught: field(34)?.parse().ok()?,
         n_threads: field(20)?.parse().ok()?,
+        exit_signal: field(38)?.parse().ok()?,
         cpu: field(39)?.parse().ok()?,
     })
 }
@@ -258,7 +261,8 @@ mod tests {
 
     #[test]
     fn a_stat_line_with_brackets_in_the_name_is_read() {
-        let expected = Stat { state: 'S', pending: 4, ignored: 4096, caught: 65536, n_threads: 3, cpu: 1 };
+        let expected =
+            Stat { state: 'S', pending: 4, ignored: 4096, caught: 65536, n_threads: 3, exit_signal: 17, cpu: 1 };
         assert_eq!(parse_stat(LINE), Some(expected));
     }
 
