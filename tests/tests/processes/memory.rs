@@ -177,3 +177,37 @@ shared = mmap.mmap(f.fileno(), 8192)",
     }
     assert!(worker.end().success());
 }
+
+#[test]
+fn limits_masks_names_and_priorities_go_back() {
+    let Some((host, mut worker)) = start() else { return };
+    worker.ask(
+        "import resource, ctypes
+prctl = ctypes.CDLL(None).prctl
+os.umask(0o027); os.nice(5); prctl(15, b'named', 0, 0, 0); prctl(1, 10, 0, 0, 0)
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 300)); os.setgroups([5, 6])
+def look():
+    name, umask = ctypes.create_string_buffer(16), os.umask(0)
+    os.umask(umask); prctl(16, name, 0, 0, 0)
+    death = ctypes.c_int(); prctl(2, ctypes.byref(death), 0, 0, 0)
+    return [umask, os.nice(0), name.value.decode(), death.value, resource.getrlimit(resource.RLIMIT_NOFILE), os.getgroups(), os.geteuid()]",
+    );
+    let id = checkpoint(&host);
+    let expected = json!([23, 5, "named", 10, [200, 300], [5, 6], 0]);
+    for change in [
+        "os.umask(0); os.nice(3); prctl(15, b'other', 0, 0, 0); prctl(1, 0, 0, 0, 0); os.setgroups([])",
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (20, 300)); os.seteuid(1000)",
+    ] {
+        worker.ask(change);
+        for _ in 0..2 {
+            roll_back(&host, &id);
+            assert_eq!(worker.ask("look()"), expected, "after {change}");
+        }
+    }
+    // What a process cannot take back: it would have to be made again.
+    worker.ask("os.setgid(1000); os.setuid(1000)");
+    let refused = host.cli(["--json", "rollback", "box", &id]);
+    assert_eq!(refused.code(), 3);
+    assert_eq!(worker.ask("os.getuid()"), json!(1000));
+    assert!(worker.end().success());
+}

@@ -84,9 +84,9 @@ fn a_pair_inside_goes_back_with_its_modes_and_what_waits_in_it() {
     host.create("box");
     let mut worker = Worker::start(&host, "box");
     worker.ask(
-        "import pty, termios, tty, fcntl, struct
+        "import pty, select, termios, tty, fcntl, struct
 m, s = pty.openpty(); fcntl.ioctl(m, termios.TIOCSWINSZ, struct.pack('4H', 40, 100, 0, 0))
-os.write(m, b'typed\\n'); os.write(s, b'shown')
+os.write(m, b'typed\\n'); select.select([m], [], []); os.write(s, b'shown')
 def look():
     modes = termios.tcgetattr(s)
     size = struct.unpack('4H', fcntl.ioctl(s, termios.TIOCGWINSZ, bytes(8)))[:2]

@@ -72,7 +72,7 @@ impl MomentError {
             Self::Inject(InjectError::Refused(_)) | Self::Template(TemplateError::Inject(InjectError::Refused(_))) => {
                 true
             }
-            Self::State(StateError::Inject(InjectError::Refused(_)) | StateError::Threads { .. }) => true,
+            Self::State(error) => error.is_refusal(),
             Self::Missing { .. } | Self::Lost { .. } => true,
             _ => false,
         }

@@ -26,7 +26,7 @@ pub use take::{Draft, Ground, remove_templates};
 
 use super::descriptors::Held;
 use super::shared::SharedMemory;
-use super::state::Signals;
+use super::state::Person;
 use super::template::{Memory, Template, Threads};
 
 /// All processes, as they were. Its templates live as long as their cgroups.
@@ -47,7 +47,7 @@ struct Past {
     template: Template,
     memory: Memory,
     threads: Threads,
-    signals: Signals,
+    person: Person,
 }
 
 /// Which process.

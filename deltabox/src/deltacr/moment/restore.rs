@@ -9,6 +9,7 @@ use super::plan::{How, Live, Plan, plan};
 use super::{Identity, Moment, Past, end};
 use crate::deltacr::descriptors::Opened;
 use crate::deltacr::shared::Present;
+use crate::deltacr::state::{Person, StateError};
 use crate::deltacr::stop::Stopped;
 use crate::deltacr::tasks::read_identity;
 use crate::deltacr::template::{self, Files, Source, Tree, restore_in_place};
@@ -23,6 +24,8 @@ pub struct Return<'a> {
     opened: Opened<'a>,
     shared: Present<'a>,
     sources: Vec<Source>,
+    /// What the processes that stay are now, in the plan's order.
+    now: Vec<Person>,
 }
 
 impl<'a> Return<'a> {
@@ -30,7 +33,7 @@ impl<'a> Return<'a> {
     ///
     /// # Errors
     /// Nothing has changed.
-    pub fn prepare(stopped: &Stopped, moment: &'a Moment, to: &Root, init: pid_t) -> Result<Self, MomentError> {
+    pub fn prepare(stopped: &mut Stopped, moment: &'a Moment, to: &Root, init: pid_t) -> Result<Self, MomentError> {
         if let Some(inside) = moment.lost_template() {
             return Err(MomentError::Lost { inside });
         }
@@ -43,10 +46,14 @@ impl<'a> Return<'a> {
         if let Some((inside, what)) = plan.missing.first() {
             return Err(MomentError::Missing { inside: *inside, what });
         }
+        let mut now = Vec::with_capacity(plan.back.len());
         for (identity, How::InPlace) in &plan.back {
+            let is = Person::read(stopped, identity.host)?;
             if let Some(past) = moment.past(identity.inside) {
                 past.threads.check(stopped, identity.host)?;
+                past.person.can_be_put_back(&is).map_err(StateError::from)?;
             }
+            now.push(is);
         }
         let open =
             |past: &Past| Source::of(&past.template).map_err(process("open the template of", past.identity.inside));
@@ -55,7 +62,7 @@ impl<'a> Return<'a> {
         let shared = moment.shared.open(&staying).map_err(|source| MomentError::Shared { op: "find", source })?;
         let opened = moment.held.open(stopped, to, init, &shared)?;
         fault::point("moment.prepare").map_err(process("prepare the return of", 0))?;
-        Ok(Self { moment, plan, opened, shared, sources })
+        Ok(Self { moment, plan, opened, shared, sources, now })
     }
 
     /// Host PIDs of the processes that stay.
@@ -85,11 +92,17 @@ impl<'a> Return<'a> {
         let hosts: BTreeMap<pid_t, pid_t> =
             self.plan.back.iter().map(|(identity, How::InPlace)| (identity.inside, identity.host)).collect();
         self.opened.settle(|inside| hosts.get(&inside).copied())?;
+        // First: limits may hinder the rest.
+        for ((identity, How::InPlace), now) in self.plan.back.iter().zip(&self.now) {
+            end::reap_children(stopped, identity.host, &[])?;
+            if let Some((past, _)) = self.past(identity.inside) {
+                past.person.put_back_from(now, stopped, identity.host)?;
+            }
+        }
         let mut tables = BTreeSet::new();
         for (identity, How::InPlace) in &self.plan.back {
             let Some((past, source)) = self.past(identity.inside) else { continue };
             fault::point("moment.restore").map_err(process("restore", identity.host))?;
-            end::reap_children(stopped, identity.host, &[])?;
             let tree = Tree { then: self.moment.tree, now, root: to };
             let what = template::Past {
                 memory: &past.memory,
@@ -106,9 +119,9 @@ impl<'a> Return<'a> {
             self.opened.finish(stopped, identity.host, identity.inside)?;
         }
         // Last: what happened so far may have made signals.
-        for (identity, How::InPlace) in &self.plan.back {
+        for ((identity, How::InPlace), now) in self.plan.back.iter().zip(&self.now) {
             if let Some((past, _)) = self.past(identity.inside) {
-                past.signals.put_back(stopped, identity.host)?;
+                past.person.signals.put_back_from(&now.signals, stopped, identity.host)?;
             }
         }
         self.opened.announce_windows();

@@ -11,7 +11,7 @@ use super::{Identity, Moment, Past};
 use crate::deltacr::descriptors::{Held, Reading};
 use crate::deltacr::handover::call;
 use crate::deltacr::shared::{Found, SharedMemory};
-use crate::deltacr::state::Signals;
+use crate::deltacr::state::Person;
 use crate::deltacr::stop::{Process, Stopped};
 use crate::deltacr::table::Ahead;
 use crate::deltacr::tasks::read_identity;
@@ -52,7 +52,7 @@ struct Sketch {
     template: Template,
     outline: Outline,
     threads: Threads,
-    signals: Signals,
+    person: Person,
 }
 
 impl Draft {
@@ -107,9 +107,9 @@ impl Draft {
     pub fn complete(self) -> Result<Moment, MomentError> {
         let mut processes = Vec::with_capacity(self.processes.len());
         let mut rest = self.processes.into_iter();
-        for Sketch { identity, template, outline, threads, signals } in rest.by_ref() {
+        for Sketch { identity, template, outline, threads, person } in rest.by_ref() {
             match outline.complete(&template) {
-                Ok(memory) => processes.push(Past { identity, template, memory, threads, signals }),
+                Ok(memory) => processes.push(Past { identity, template, memory, threads, person }),
                 Err(error) => {
                     let made = processes.into_iter().map(|past: Past| past.template);
                     let failed = remove_all(made.chain([template]).chain(rest.map(|sketch| sketch.template)));
@@ -165,11 +165,11 @@ fn sketch(stopped: &mut Stopped, ground: &Ground<'_>, identity: Identity) -> Res
     let pid = identity.host;
     fault::point("moment.take").map_err(process("take", pid))?;
     let threads = Threads::read(stopped, pid)?;
-    let signals = Signals::read(stopped, pid)?;
+    let person = Person::read(stopped, pid)?;
     let freezer = Freezer::create(ground.group, &format!("{}{}", ground.prefix, identity.inside))?;
     let request = Request { keeper: Some(ground.init), ..Request::default() };
     let (template, outline) = Template::make(stopped, pid, freezer, &request)?;
-    Ok(Sketch { identity, template, outline, threads, signals })
+    Ok(Sketch { identity, template, outline, threads, person })
 }
 
 /// Asks the process of task `tid` itself.

@@ -78,6 +78,17 @@ pub enum StateError {
     },
 }
 
+impl StateError {
+    /// Whether something about the process stands in the way, and no failure of the machine.
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Self::Inject(error) => matches!(error, InjectError::Refused(_)),
+            Self::Keyring { .. } | Self::Impossible(_) | Self::Threads { .. } => true,
+            _ => false,
+        }
+    }
+}
+
 /// The result of an injected call: negative is an error number.
 pub(super) fn check(call: &'static str, pid: pid_t, result: i64) -> Result<i64, StateError> {
     if result >= 0 {
