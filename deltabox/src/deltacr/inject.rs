@@ -409,7 +409,8 @@ impl<'a> Hand<'a> {
 
     /// Sets the thread's `PTRACE_O_*`; without PTRACE_O_SUSPEND_SECCOMP its filter holds.
     pub(super) fn set_options(&self, options: i32) -> Result<(), InjectError> {
-        ptrace::setoptions(Pid::from_raw(self.tid), ptrace::Options::from_bits_retain(options))
+        let options = ptrace::Options::from_bits_retain(options | self.stopped.options);
+        ptrace::setoptions(Pid::from_raw(self.tid), options)
             .map_err(|source| self.error("set the trace options of", source.into()))
     }
 

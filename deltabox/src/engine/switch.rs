@@ -9,10 +9,10 @@
 //! With processes, a checkpoint takes their moment on the way, and a rollback comes back to one:
 //!
 //! ```text
-//! stop -> next root -> prepare -> end who is new -> pivot -> restore, on the next root -> mappings of files -> resume
-//!                         |             |             |         |
-//!                         v             `-------------+---------+-- a failure from here on loses the sandbox's state
-//!                       resume
+//! stop -> next root -> prepare -> pivot -> end who is new -> restore, on the next root -> mappings of files -> resume
+//!                         |         |             |            |                            |
+//!                         v         v             `------------+----------------------------'
+//!                       resume   resume           a failure: files are the target's, and no process is left
 //! ```
 
 mod walks;
@@ -69,8 +69,9 @@ pub(super) enum Processes<'a> {
     Kept,
     /// Their moment is taken: into `draft`.
     Taken { ground: TakingGround<'a>, draft: &'a mut Option<Draft> },
-    /// They come back to a moment; what became of each goes to `back`.
-    Returned { moment: &'a Moment, back: &'a mut Vec<Back> },
+    /// They come back to a moment; what became of each goes to `back`. If that fails half way none is left, and `lost`
+    /// says why.
+    Returned { moment: &'a Moment, back: &'a mut Vec<Back>, lost: &'a mut Option<String> },
 }
 
 /// What taking a moment needs to know.
@@ -133,8 +134,7 @@ pub(super) enum SwitchError {
     /// The machine failed. They run on, nothing has changed.
     #[error("{what}: {source}")]
     Failed { what: String, source: io::Error },
-    /// The machine failed where there is no way back, or did again on the way back: some processes are on the one root,
-    /// some on the other, or some in the one state and some in the other.
+    /// The machine failed, and did again on the way back: some processes are on the one root, some on the other.
     #[error("{what}")]
     Lost { what: String },
 }
@@ -175,7 +175,9 @@ pub(super) fn switch(
             let init = ground.init;
             let what = Move { namespace: &namespace, from: &from, init, purpose, ahead: std::mem::take(&mut ahead) };
             let moved = match &mut processes {
-                Processes::Returned { moment, back } => return_all(stopped, &what, moment, back, &mut next, span),
+                Processes::Returned { moment, back, lost } => {
+                    return_all(stopped, &what, moment, (back, lost), &mut next, span)
+                }
                 Processes::Kept => move_all(stopped, what, None, &mut walks, &mut next, span),
                 Processes::Taken { ground, draft } => {
                     move_all(stopped, what, Some((ground, draft)), &mut walks, &mut next, span)
@@ -294,7 +296,7 @@ fn return_all(
     stopped: &mut Stopped,
     what: &Move<'_>,
     moment: &Moment,
-    back: &mut Vec<Back>,
+    (back, lost): (&mut Vec<Back>, &mut Option<String>),
     next: &mut impl FnMut() -> io::Result<Option<OwnedFd>>,
     clock: &mut Span,
 ) -> Result<Done, SwitchError> {
@@ -308,12 +310,12 @@ fn return_all(
     let to = Root::new(to).map_err(failed("make the next root"))?;
     let mut way = Return::prepare(stopped, moment, &to, init)?;
     clock.end_of(Phase::Prepare);
+    namespace.pivot(from, &to).map_err(failed("pivot"))?;
+    clock.end_of(Phase::Pivot);
     // From here on there is no way but on.
     let mut go = || -> Result<Opened, SwitchError> {
         way.end(stopped)?;
         clock.end_of(Phase::Kill);
-        namespace.pivot(from, &to).map_err(failed("pivot"))?;
-        clock.end_of(Phase::Pivot);
         way.restore(stopped, from.dev(), &to)?;
         clock.end_of(Phase::Restore);
         let mut opened = Plan::of_mappings(stopped, from, &way.staying())?.open(&to, Missing::Left)?;
@@ -324,20 +326,20 @@ fn return_all(
     let went = go();
     back.clear();
     back.extend(way.plan().back.iter().map(|(identity, how)| Back { inside: identity.inside, how: *how }));
-    match went {
-        Ok(opened) => {
-            let n_descriptions = Some(moment.held().n_descriptions());
-            let (n_processes, n_threads) = (stopped.processes().len(), stopped.n_threads());
-            Ok(Done { n_processes, n_threads, n_descriptions, given: Some((opened, to)) })
-        }
+    let (n_processes, n_threads) = (stopped.processes().len(), stopped.n_threads());
+    let n_descriptions = Some(moment.held().n_descriptions());
+    let given = match went {
+        Ok(opened) => Some((opened, to)),
         Err(error) => {
             // Half of the one state and half of the other must not run.
             for process in stopped.processes() {
                 let _ = kill(Pid::from_raw(process.pid), Signal::SIGKILL);
             }
-            Err(SwitchError::Lost { what: format!("half way back to the checkpoint: {error}") })
+            *lost = Some(error.to_string());
+            None
         }
-    }
+    };
+    Ok(Done { n_processes, n_threads, n_descriptions, given })
 }
 
 /// Finishes, or undoes, what an engine that died in the middle of a switch has left: all processes are on init's root

@@ -1,6 +1,7 @@
 //! Whole sandboxes: files and processes go back together, and the programs themselves confirm it.
 
 mod descriptors;
+mod faults;
 mod memory;
 mod terminals;
 mod trees;

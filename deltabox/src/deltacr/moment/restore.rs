@@ -75,11 +75,12 @@ impl<'a> Return<'a> {
         &self.plan
     }
 
-    /// Ends who has to go.
+    /// Ends who has to go. From here on no process outlives the engine.
     ///
     /// # Errors
     /// There is no way but on: some have ended.
     pub fn end(&self, stopped: &mut Stopped) -> Result<(), MomentError> {
+        stopped.bind().map_err(process("bind", 0))?;
         end::end_all(stopped, &self.plan.ending)
     }
 

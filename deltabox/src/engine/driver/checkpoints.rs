@@ -245,10 +245,10 @@ impl Driver {
         let ground = Ground { init, group, deadline: Instant::now() + DEADLINE };
         let ready = mount.try_clone().map_err(io_error("mount the next root of", dir))?;
         let next = || mount.try_clone().map(Some);
-        let mut back = Vec::new();
+        let (mut back, mut lost) = (Vec::new(), None);
         let processes = match moment {
             None => Processes::Kept,
-            Some(moment) => Processes::Returned { moment, back: &mut back },
+            Some(moment) => Processes::Returned { moment, back: &mut back, lost: &mut lost },
         };
         let errand = Errand { purpose: Purpose::Discard, processes };
         let switched = switch(&mut self.tracer, &ground, errand, walks, Some(ready), next, span);
@@ -262,6 +262,10 @@ impl Driver {
             tracing::error!(sandbox = %self.manifest.id, %error, "rolled back, but that could not be written down yet");
         }
         span.end_of(Phase::Manifest);
+        if let Some(why) = lost {
+            self.clean_up(old, Some(discarded));
+            return Err(Error::Lost { id: self.manifest.id.clone(), checkpoint: target.id.to_string(), why });
+        }
         self.book.record(self.manifest.id.as_str(), span);
         let report = RollbackReport {
             checkpoint: target.id.to_string(),
