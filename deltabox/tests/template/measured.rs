@@ -87,32 +87,29 @@ fn restored(mut subject: Subject, name: &str, n: usize) {
         .expect("stop");
     let memory = outline.complete(&template).expect("a description");
     let source = Source::of(&template).expect("pages");
-    for advice_is_unchanged in [false, true] {
-        let past = Past { memory: &memory, source: &source, threads: &threads, advice_is_unchanged, files: None };
-        let mut reports = Vec::new();
-        let mut whole = Vec::new();
-        for _ in 0..n {
-            subject.tell(b'm');
-            let report = tracer.while_stopped(subject.0.group.request(PATIENCE), |stopped| {
-                let begin = Instant::now();
-                let report = restore_in_place(stopped, pid, &past).expect("a rollback");
-                (report, begin.elapsed())
-            });
-            let (report, time) = report.expect("stop");
-            reports.push(report);
-            whole.push(time);
-        }
-        let how = if advice_is_unchanged { "advice known" } else { "advice read" };
-        show(&format!("{name}: back in place, {how}"), whole);
-        show("    mappings", reports.iter().map(|report| report.mappings).collect());
-        show("    comparison", reports.iter().map(|report| report.comparison).collect());
-        show("    pages", reports.iter().map(|report| report.pages).collect());
-        let last = reports.last().expect("a report");
-        println!(
-            "    pages copied {}, dropped {}, equal {}",
-            last.n_copied_pages, last.n_dropped_pages, last.n_equal_pages
-        );
+    let past = Past { memory: &memory, source: &source, threads: &threads, files: None };
+    let mut reports = Vec::new();
+    let mut whole = Vec::new();
+    for _ in 0..n {
+        subject.tell(b'm');
+        let report = tracer.while_stopped(subject.0.group.request(PATIENCE), |stopped| {
+            let begin = Instant::now();
+            let report = restore_in_place(stopped, pid, &past).expect("a rollback");
+            (report, begin.elapsed())
+        });
+        let (report, time) = report.expect("stop");
+        reports.push(report);
+        whole.push(time);
     }
+    show(&format!("{name}: back in place"), whole);
+    show("    mappings", reports.iter().map(|report| report.mappings).collect());
+    show("    comparison", reports.iter().map(|report| report.comparison).collect());
+    show("    pages", reports.iter().map(|report| report.pages).collect());
+    let last = reports.last().expect("a report");
+    println!(
+        "    pages copied {}, dropped {}, equal {}",
+        last.n_copied_pages, last.n_dropped_pages, last.n_equal_pages
+    );
     let begin = Instant::now();
     read_smaps(template.pid()).expect("mappings");
     println!("    smaps read in {} us", begin.elapsed().as_micros());

@@ -27,13 +27,7 @@ impl Subject {
     fn roll_back(&self, point: &Point) -> Result<Report, TemplateError> {
         let source = Source::of(&point.template).expect("pages");
         let pid = self.0.pid();
-        let past = Past {
-            memory: &point.memory,
-            source: &source,
-            threads: &point.threads,
-            advice_is_unchanged: false,
-            files: None,
-        };
+        let past = Past { memory: &point.memory, source: &source, threads: &point.threads, files: None };
         self.0.group.stopped(|stopped| {
             let report = restore_in_place(stopped, pid, &past);
             if report.is_ok() {

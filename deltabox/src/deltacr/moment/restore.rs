@@ -109,7 +109,6 @@ impl<'a> Return<'a> {
                 memory: &past.memory,
                 source,
                 threads: &past.threads,
-                advice_is_unchanged: false,
                 files: Some(Files { tree, shared: &self.shared }),
             };
             restore_in_place(stopped, identity.host, &what)?;

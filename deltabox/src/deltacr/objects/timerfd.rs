@@ -173,7 +173,7 @@ mod tests {
         let old = timer_with(libc::CLOCK_REALTIME, flags, at, Duration::ZERO);
         let record = Timerfd::read(fd(&old)).unwrap();
         let Expiry::At(time) = record.expiry else { panic!("{record:?}") };
-        let distance = if time > at { time - at } else { at - time };
+        let distance = time.abs_diff(at);
         assert!(distance < Duration::from_millis(500), "{distance:?}");
         let again = Timerfd::read(fd(&record.make().unwrap())).unwrap();
         assert_eq!(again.flags, flags);
