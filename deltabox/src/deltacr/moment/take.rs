@@ -1,8 +1,8 @@
 //! Taking a moment.
 
 use std::fs;
-use std::path::Path;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use libc::pid_t;
 
@@ -147,9 +147,18 @@ pub fn remove_templates(group: &Path, prefix: &str) -> Result<(), MomentError> {
     };
     let is_one = |name: &str| name.starts_with(prefix);
     let groups = entries.flatten().filter(|entry| entry.file_name().to_str().is_some_and(is_one));
-    let remove = |path: std::path::PathBuf| match Template::find(Freezer::open(path)?)? {
-        Ok(template) => template.remove(END_PATIENCE),
-        Err(empty) => empty.remove(),
+    let remove = |path: PathBuf| {
+        let end = Instant::now() + END_PATIENCE;
+        loop {
+            match Template::find(Freezer::open(path.clone())?)? {
+                Ok(template) => return template.remove(END_PATIENCE),
+                Err(empty) => match empty.remove() {
+                    // One that an engine died in the middle of making may be born just now.
+                    Err(_) if Instant::now() < end => {}
+                    removed => return removed,
+                },
+            }
+        }
     };
     let removed = groups.filter(|entry| entry.path().is_dir()).map(|entry| remove(entry.path()));
     Ok(removed.fold(Ok(()), Result::and)?)
