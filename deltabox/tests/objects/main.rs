@@ -79,8 +79,20 @@ fn kind(pid: libc::pid_t, number: i32) -> ObjectKind {
 }
 
 // As in tests/programs/objects.c.
-const [R, W, EV, TI, SG, EP, IN, ME, PS, PE, WO, RO, AR, AW]: [i32; 14] =
-    [100, 101, 102, 103, 104, 105, 106, 107, 108, 109, 110, 111, 112, 113];
+const R: i32 = 100;
+const W: i32 = 101;
+const EV: i32 = 102;
+const TI: i32 = 103;
+const SG: i32 = 104;
+const EP: i32 = 105;
+const IN: i32 = 106;
+const ME: i32 = 107;
+const PS: i32 = 108;
+const PE: i32 = 109;
+const WO: i32 = 110;
+const RO: i32 = 111;
+const AR: i32 = 112;
+const AW: i32 = 113;
 
 /// All that the program has.
 #[derive(Debug, PartialEq)]

@@ -12,7 +12,8 @@ use nix::sys::stat::Mode;
 use crate::target::Target;
 use crate::{copy, hand_over, tell};
 
-const [MASTER, SLAVE]: [i32; 2] = [200, 201];
+const MASTER: i32 = 200;
+const SLAVE: i32 = 201;
 
 fn pids(target: &mut Target) -> (pid_t, pid_t) {
     let line = tell(target, b'p');
