@@ -174,19 +174,21 @@ static void drain(int fd) {
 static char in_session(char letter) {
     char b[100];
     if (letter == 'm') {
+        // Others than those in the foreground may not read.
+        if (tcsetpgrp(SLAVE, getpid())) return 'b';
         drain(SLAVE);
         struct termios t;
         tcgetattr(SLAVE, &t);
         t.c_lflag &= ~(tcflag_t)(ICANON | ECHO);
         tcsetattr(SLAVE, TCSANOW, &t);
-        return tcsetpgrp(SLAVE, getpid()) ? 'b' : 'o';
+        return 'o';
     }
     if (letter == '1') {
         if (tcgetpgrp(SLAVE) != job || tcgetsid(SLAVE) != getpid()) return 'g';
         struct termios t;
         tcgetattr(SLAVE, &t);
         if (!(t.c_lflag & ICANON) || !(t.c_lflag & ECHO)) return 't';
-        if (read(SLAVE, b, 100) != 6 || memcmp(b, "typed\n", 6)) return 'l';
+        if (tcsetpgrp(SLAVE, getpid()) || read(SLAVE, b, 100) != 6 || memcmp(b, "typed\n", 6)) return 'l';
         return read(SLAVE, b, 100) == -1 && errno == EAGAIN ? 'o' : 'r';
     }
     return read(SLAVE, b, 100) == 6 && !memcmp(b, "party\n", 6) ? 'o' : 'p';
