@@ -19,6 +19,7 @@ use deltabox::deltacr::objects::{
 };
 use deltabox::deltacr::stop::Stopped;
 use deltabox::sys::process::{pidfd_getfd, pidfd_open};
+use serde::{Deserialize, Serialize};
 
 use target::Target;
 
@@ -29,12 +30,7 @@ pub(crate) fn tell(target: &mut Target, letter: u8) -> String {
 }
 
 /// Puts descriptors under their numbers in a process, then has it make calls.
-pub(crate) fn hand_over(
-    stopped: &mut Stopped,
-    pid: libc::pid_t,
-    gifts: &[(BorrowedFd<'_>, i32)],
-    calls: &[LastCall],
-) {
+pub(crate) fn hand_over(stopped: &mut Stopped, pid: libc::pid_t, gifts: &[(BorrowedFd<'_>, i32)], calls: &[LastCall]) {
     let unsigned = |number: i32| i64::from(number).cast_unsigned();
     let mut hand = stopped.hand(pid).expect("a hand");
     let mut call = |name: &str, nr, args: &[u64]| {
@@ -95,7 +91,7 @@ const AR: i32 = 112;
 const AW: i32 = 113;
 
 /// All that the program has.
-#[derive(Debug, PartialEq)]
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
 struct Everything {
     settings: BTreeMap<i32, Settings>,
     /// With the numbers of their ends.
@@ -205,6 +201,9 @@ fn everything_comes_back_and_goes_on() {
     let mut target = Target::start("objects", "all");
     let pid = target.pid();
     let all = target.group.stopped(|_| read(pid));
+    // As beside a checkpoint.
+    let written = serde_json::to_string(&all).expect("text");
+    let all: Everything = serde_json::from_str(&written).expect("records");
     for letter in [b'm', b'c', b'm'] {
         assert_eq!(tell(&mut target, letter), "ok");
         if letter == b'm' {

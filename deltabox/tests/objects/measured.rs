@@ -40,7 +40,9 @@ fn show<R>(what: &str, mut work: impl FnMut() -> R) {
 #[ignore = "a measurement"]
 fn measured_costs_of_each_kind() {
     let spare = Spare::new().expect("a pipe");
-    for (name, size, n) in [("pipe, empty", 1 << 16, 0), ("pipe, 100 B", 1 << 16, 100), ("pipe, 64 KB", 1 << 16, 1 << 16)] {
+    for (name, size, n) in
+        [("pipe, empty", 1 << 16, 0), ("pipe, 100 B", 1 << 16, 100), ("pipe, 64 KB", 1 << 16, 1 << 16)]
+    {
         pipe(name, size, n, OFlag::empty(), &spare);
     }
     pipe("pipe, 1 MB", 1 << 20, 1 << 20, OFlag::empty(), &spare);
@@ -70,7 +72,9 @@ fn measured_costs_of_each_kind() {
     let record = Pidfd::parse(&own_fdinfo(own.as_fd()).expect("fdinfo"), 0).expect("a pidfd");
     show("pidfd: make", || record.make(record.pid()).expect("a pidfd"));
     show("pidfd of what has ended: make", || record.make(None).expect("a pidfd"));
-    for (what, typed) in [("terminal, nothing typed", &b""[..]), ("terminal, a command and a half typed", b"make test\nls -l")] {
+    for (what, typed) in
+        [("terminal, nothing typed", &b""[..]), ("terminal, a command and a half typed", b"make test\nls -l")]
+    {
         for place in [Place::Outside, Place::Inside] {
             terminal(&format!("{what}, {place:?}"), typed, place);
         }

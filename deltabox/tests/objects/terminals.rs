@@ -5,6 +5,8 @@ use std::os::fd::AsFd;
 use deltabox::deltacr::objects::terminal::{
     Pair, Place, Terminal, bring_forward, lead_session, open_slave, take_terminal,
 };
+use deltabox::deltacr::stop::Stopped;
+use deltabox::sys::tty::{Window, set_window, window};
 use libc::pid_t;
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
@@ -57,6 +59,33 @@ fn a_terminal_comes_back_with_what_was_typed_shown_and_in_the_foreground() {
         });
         assert_eq!(tell(&mut target, b'c'), "ok");
     }
+}
+
+#[test]
+fn a_session_is_told_of_a_window_outside_that_changed_since() {
+    let mut target = Target::start("objects", "terminal");
+    let (pid, (child, _)) = (target.pid(), pids(&mut target));
+    let other = Window { rows: 50, columns: 132, width: 0, height: 0 };
+    let outside = |pair: Pair<'_>| Terminal::read(pair, Place::Outside, Some).expect("a terminal");
+    let terminal = target.group.stopped(|_| with_pair(pid, child, outside));
+    target.group.stopped(|_| with_pair(pid, child, |pair| set_window(pair.master, other).expect("a size")));
+    target.group.stopped(|stopped| {
+        with_pair(pid, child, |pair| terminal.put_back(pair).expect("put back"));
+        // The job was told, as it was in the foreground.
+        assert_eq!(hand_over_and_tell(stopped, pid, child, &terminal), other);
+    });
+    assert_eq!(tell(&mut target, b'w'), "1");
+    target.group.stopped(|_| with_pair(pid, child, |pair| terminal.announce_window(pair.master)).expect("announce"));
+    assert_eq!(tell(&mut target, b'w'), "2");
+}
+
+/// Brings the session's leader to the foreground; the size that it sees then.
+fn hand_over_and_tell(stopped: &mut Stopped, pid: pid_t, child: pid_t, terminal: &Terminal) -> Window {
+    hand_over(stopped, child, &[], &[bring_forward(SLAVE, child)]);
+    with_pair(pid, child, |pair| {
+        terminal.announce_window(pair.master).expect("announce");
+        window(pair.master).expect("a size")
+    })
 }
 
 #[test]

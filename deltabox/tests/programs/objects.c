@@ -1,6 +1,6 @@
 // Descriptors without files, in a known state, each under a number of its own. objects MODE: reads one byte to begin, prints
 // "ready". Then letters: 'c' says "ok" if all is as at the beginning and uses it up, 'm' changes everything, 'p' prints
-// PIDs, 'q' ends. Modes: all; terminal (a master here, a session with a job at the slave); session (a child that has
+// PIDs, 'w' how often the session was told of its window, 'q' ends. Modes: all; terminal (a master here, a session with a job at the slave); session (a child that has
 // neither session nor terminal).
 #define _GNU_SOURCE
 #include <errno.h>
@@ -171,8 +171,11 @@ static void drain(int fd) {
     while (poll(&p, 1, 0) == 1 && p.revents & POLLIN && read(fd, b, sizeof b) > 0) {}
 }
 
+static volatile sig_atomic_t n_windows;
+static void count(int s) { (void)s; n_windows++; }
 static char in_session(char letter) {
     char b[100];
+    if (letter == 'w') return (char)('0' + n_windows);
     if (letter == 'm') {
         // Others than those in the foreground may not read.
         if (tcsetpgrp(SLAVE, getpid())) return 'b';
@@ -195,6 +198,8 @@ static char in_session(char letter) {
 }
 static void serve_session(void) {
     char letter;
+    struct sigaction a = {.sa_handler = count, .sa_flags = SA_RESTART};
+    sigaction(SIGWINCH, &a, NULL);
     signal(SIGTTOU, SIG_IGN);
     setsid();
     if (ioctl(SLAVE, TIOCSCTTY, 0)) _exit(1);
@@ -273,6 +278,7 @@ int main(int argc, char **argv) {
     while (read(0, &letter, 1) == 1 && letter != 'q') {
         const char *wrong = NULL;
         if (letter == 'p') { printf("%d %d\n", child, job); fflush(stdout); continue; }
+        if (letter == 'w') { printf("%c\n", ask('w')); fflush(stdout); continue; }
         if (letter == 'm') { if (terminal) change_terminal(); else change(); }
         if (letter == 'c') wrong = terminal ? compare_terminal() : session ? (ask('c') == 'o' ? NULL : "a session") : compare();
         if (wrong) say("bad", wrong); else say("ok", NULL);

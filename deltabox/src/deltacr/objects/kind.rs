@@ -156,7 +156,11 @@ fn with_path(link: &[u8]) -> ObjectKind {
         b"fuse" => ObjectKind::Fuse,
         b"net/tun" => ObjectKind::Tun,
         _ if device.strip_prefix(b"pts/").is_some_and(is_number) => {
-            if is_deleted { ObjectKind::DeadTerminal } else { ObjectKind::Terminal }
+            if is_deleted {
+                ObjectKind::DeadTerminal
+            } else {
+                ObjectKind::Terminal
+            }
         }
         _ if device.starts_with(b"dri/") => ObjectKind::Graphics,
         _ if device.starts_with(b"shm/") || device.starts_with(b"mqueue/") => ObjectKind::File,

@@ -68,26 +68,20 @@ impl Spare {
     }
 
     fn empty(&self) -> io::Result<()> {
-        let mut bytes = Vec::new();
-        while self.read(&mut bytes, 0)? {}
+        let n = n_readable(self.read.as_fd())?;
+        if n > 0 {
+            let mut bytes = vec![0; n];
+            while self.read(&mut bytes)? > 0 {}
+        }
         Ok(())
     }
 
-    /// Appends what one read gives, of `at_most` bytes (0 for all). `false`: nothing is left.
-    fn read(&self, bytes: &mut Vec<u8>, at_most: usize) -> io::Result<bool> {
-        let start = bytes.len();
-        let n = match at_most {
-            0 => n_readable(self.read.as_fd())?,
-            n => n,
-        };
-        bytes.resize(start + n, 0);
-        let read = match nix::unistd::read(&self.read, &mut bytes[start..]) {
-            Ok(n) => n,
-            Err(Errno::EAGAIN) => 0,
-            Err(errno) => return Err(errno.into()),
-        };
-        bytes.truncate(start + read);
-        Ok(read > 0)
+    /// One read; 0: nothing is left.
+    fn read(&self, bytes: &mut [u8]) -> io::Result<usize> {
+        match nix::unistd::read(&self.read, bytes) {
+            Err(Errno::EAGAIN) => Ok(0),
+            read => Ok(read?),
+        }
     }
 }
 
@@ -182,9 +176,8 @@ impl Pipe {
         }
         let (mut read, mut write) = (Some(read), Some(write));
         let ends = made.into_iter().zip(&self.ends);
-        let ends = ends.filter_map(|(made, end)| {
-            made.or_else(|| if *end == Access::Read { read.take() } else { write.take() })
-        });
+        let ends = ends
+            .filter_map(|(made, end)| made.or_else(|| if *end == Access::Read { read.take() } else { write.take() }));
         Ok(ends.collect())
     }
 
@@ -241,37 +234,34 @@ fn read_content(end: BorrowedFd<'_>, spare: &Spare, packets: bool) -> io::Result
         return Ok(Vec::new());
     }
     spare.take(end)?;
-    let mut bytes = Vec::with_capacity(n);
-    spare.read(&mut bytes, 1)?;
+    let mut bytes = vec![0; n];
+    spare.read(&mut bytes[..1])?;
     let begins_plain = n_readable(spare.read.as_fd())? == n - 1;
-    if begins_plain && !packets {
-        while spare.read(&mut bytes, 0)? {
-            // It ended before the content did: at a packet.
-            if bytes.len() < n && n_readable(spare.read.as_fd())? > 0 {
-                return read_pieces(end, spare, packets);
-            }
-        }
-        if bytes.len() == n {
-            return Ok(vec![Piece { is_packet: false, bytes }]);
-        }
+    // A read that ends before the content does has met a packet.
+    if begins_plain && !packets && spare.read(&mut bytes[1..])? == n - 1 {
+        return Ok(vec![Piece { is_packet: false, bytes }]);
     }
-    read_pieces(end, spare, packets)
+    read_pieces(end, spare, packets, n)
 }
 
 /// Where packets may be.
-fn read_pieces(end: BorrowedFd<'_>, spare: &Spare, packets: bool) -> io::Result<Vec<Piece>> {
+fn read_pieces(end: BorrowedFd<'_>, spare: &Spare, packets: bool, n: usize) -> io::Result<Vec<Piece>> {
     // Each read of everything ends with a packet, or with the content.
     spare.take(end)?;
-    let (mut bytes, mut ends) = (Vec::new(), Vec::new());
-    while spare.read(&mut bytes, 0)? {
-        ends.push(bytes.len());
+    let (mut bytes, mut ends, mut read) = (vec![0; n], Vec::new(), 0);
+    while read < n {
+        match spare.read(&mut bytes[read..])? {
+            0 => break,
+            more => read += more,
+        }
+        ends.push(read);
     }
+    bytes.truncate(read);
     // A read of one byte takes all of a packet.
     spare.take(end)?;
     let (mut pieces, mut at): (Vec<Piece>, usize) = (Vec::new(), 0);
     let mut left = n_readable(spare.read.as_fd())?;
-    let mut byte = Vec::with_capacity(1);
-    while at < bytes.len() && spare.read(&mut byte, 1)? {
+    while at < bytes.len() && spare.read(&mut [0])? > 0 {
         let left_now = n_readable(spare.read.as_fd())?;
         let next = at + (left - left_now);
         left = left_now;
@@ -283,7 +273,6 @@ fn read_pieces(end: BorrowedFd<'_>, spare: &Spare, packets: bool) -> io::Result<
             None => pieces.push(Piece { is_packet, bytes: piece.to_vec() }),
         }
         at = next;
-        byte.clear();
     }
     Ok(pieces)
 }

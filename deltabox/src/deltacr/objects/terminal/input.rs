@@ -37,7 +37,7 @@ impl Input {
     /// Takes it. `slave` does not wait; its modes are `modes` before and after.
     pub(super) fn take(slave: BorrowedFd<'_>, modes: &Modes) -> io::Result<Self> {
         let mut input = Self::default();
-        let mut buffer = vec![0; KEPT_BYTES + 1];
+        let mut buffer = [0; KEPT_BYTES + 1];
         let mut n_bytes = 0;
         if is_lines(modes) {
             while n_bytes < MAX_BYTES && has(slave, PollFlags::POLLIN)? {

@@ -11,9 +11,6 @@ use super::input::KEPT_BYTES;
 use super::{has, open_slave};
 use crate::sys::tty::{Modes, Order, order, set_modes};
 
-/// Bytes per read (from the kernel: all that its queue has).
-const READ_BYTES: usize = 64 << 10;
-
 /// What was written.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Output {
@@ -25,20 +22,13 @@ pub(super) struct Output {
 impl Output {
     /// Takes it. `slave` does not wait; packet mode is off.
     pub(super) fn take(master: BorrowedFd<'_>, slave: Option<BorrowedFd<'_>>) -> io::Result<Self> {
-        let mut bytes = Vec::new();
-        // What is there before a read makes room: nobody writes.
+        let (mut bytes, mut buffer) = (Vec::new(), [0; KEPT_BYTES + 1]);
         while has(master, PollFlags::POLLIN)? {
-            let start = bytes.len();
-            bytes.resize(start + READ_BYTES, 0);
-            let n = match nix::unistd::read(master, &mut bytes[start..]) {
-                Ok(n) => n,
+            match nix::unistd::read(master, &mut buffer) {
+                Ok(n @ 1..) => bytes.extend_from_slice(&buffer[..n]),
                 // The slave is closed, and this was all.
-                Err(Errno::EIO | Errno::EAGAIN) => 0,
+                Ok(0) | Err(Errno::EIO | Errno::EAGAIN) => break,
                 Err(errno) => return Err(errno.into()),
-            };
-            bytes.truncate(start + n);
-            if n == 0 {
-                break;
             }
         }
         // With nothing to be shown there is room, unless it may not write.

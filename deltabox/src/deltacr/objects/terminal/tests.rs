@@ -316,7 +316,8 @@ fn a_pair_gets_its_name_back_only_if_it_is_free() {
         let both = Both::new();
         let record = both.read(Place::Inside);
         let taken = record.make(devpts.as_fd());
-        let is_refused = |index| matches!(taken, Err(ObjectError::Refused(ObjectRefusal::TerminalTaken { index: i })) if i == index);
+        let is_refused =
+            |index| matches!(taken, Err(ObjectError::Refused(ObjectRefusal::TerminalTaken { index: i })) if i == index);
         assert!(is_refused(record.index()));
         drop(both);
         let Ok(made) = record.make(devpts.as_fd()) else { return false };
@@ -332,7 +333,8 @@ fn a_terminal_that_was_hung_up_stays_so() {
     let slave = make_dead(devpts().as_fd(), libc::O_RDWR).unwrap();
     assert_eq!(nix::unistd::read(&slave, &mut [0; 1]), Ok(0));
     assert_eq!(nix::unistd::write(&slave, b"x"), Err(Errno::EIO));
-    let link = nix::fcntl::readlink(format!("/proc/thread-self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&slave)).as_str());
+    let link =
+        nix::fcntl::readlink(format!("/proc/thread-self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&slave)).as_str());
     let link = std::os::unix::ffi::OsStringExt::into_vec(link.unwrap());
     assert_eq!(super::super::kind_of(&link, ""), super::super::ObjectKind::DeadTerminal);
 }
