@@ -84,7 +84,7 @@ pub enum ObjectRefusal {
 impl ObjectRefusal {
     /// Whether it passes by itself, as soon as the programs have run a little.
     pub fn is_passing(&self) -> bool {
-        matches!(self, Self::CancelledTimer | Self::PacketStatus { .. } | Self::TerminalTaken { .. })
+        matches!(self, Self::CancelledTimer | Self::PacketStatus { .. })
     }
 }
 

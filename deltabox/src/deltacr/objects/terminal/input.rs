@@ -50,8 +50,10 @@ impl Input {
         }
         let mut open = *modes;
         open.local &= !libc::ICANON;
-        open.characters[libc::VMIN] = 0;
-        open.characters[libc::VTIME] = 0;
+        if open.characters[libc::VMIN] > 1 {
+            // It counts as nothing until so many bytes are there.
+            open.characters[libc::VMIN] = 1;
+        }
         if open != *modes {
             set_modes(slave, &open)?;
         }
