@@ -2,14 +2,18 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::PollFlags;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
 use super::input::KEPT_BYTES;
 use super::{has, open_slave};
 use crate::sys::tty::{Modes, Order, order, set_modes};
+
+/// How long the kernel may take to move what was written on (chosen: a thread of its does it, in microseconds).
+const MOVE_PATIENCE: Duration = Duration::from_millis(100);
 
 /// What was written.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,13 +42,9 @@ impl Output {
 
     /// Writes it again, as it is. Packet mode is off.
     pub(super) fn give(&self, master: BorrowedFd<'_>, slave: Option<BorrowedFd<'_>>, modes: &Modes) -> io::Result<()> {
-        // What the master keeps itself is put there, so that the rest has to fit into the queue before it only.
-        let is_put_in = slave.is_none() || self.is_stopped || self.bytes.len() > KEPT_BYTES;
-        let n = if is_put_in { self.bytes.len().min(KEPT_BYTES) } else { 0 };
-        let (kept, rest) = self.bytes.split_at(n);
-        kept.iter().try_for_each(|byte| order(master, Order::Type(*byte)))?;
-        if rest.is_empty() {
-            return Ok(());
+        // Without anybody who may write, what the master keeps itself is put there.
+        if (slave.is_none() || self.is_stopped) && self.bytes.len() <= KEPT_BYTES {
+            return self.bytes.iter().try_for_each(|byte| order(master, Order::Type(*byte)));
         }
         let opened;
         let slave = if let Some(slave) = slave {
@@ -61,7 +61,7 @@ impl Output {
         let mut plain = *modes;
         plain.output &= !libc::OPOST;
         set_modes(slave, &plain)?;
-        let written = write_all(slave, rest);
+        let written = write_all(slave, &self.bytes);
         set_modes(slave, modes)?;
         if self.is_stopped {
             self.stop(slave, modes)?;
@@ -93,13 +93,18 @@ impl Output {
 }
 
 /// Writes to a side that does not wait, in portions that the kernel's queue packs well (measured: 22048 bytes fit in
-/// portions of 1000, 13824 in one).
+/// portions of 1000, 13824 in one; whatever portions had filled it, its content fitted again in these).
 pub(super) fn write_all(side: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
     const PORTION_BYTES: usize = 1000;
     for mut portion in bytes.chunks(PORTION_BYTES) {
+        let end = Instant::now() + MOVE_PATIENCE;
         while !portion.is_empty() {
             match nix::unistd::write(side, portion) {
                 Ok(n @ 1..) => portion = &portion[n..],
+                // Full, until the kernel has moved the first 4095 bytes on.
+                Ok(_) | Err(Errno::EAGAIN) if Instant::now() < end => {
+                    poll(&mut [PollFd::new(side, PollFlags::POLLOUT)], PollTimeout::from(1_u8))?;
+                }
                 Ok(_) | Err(Errno::EAGAIN) => return Err(io::ErrorKind::WriteZero.into()),
                 Err(errno) => return Err(errno.into()),
             }
