@@ -9,7 +9,7 @@ use nix::poll::PollFlags;
 use serde::{Deserialize, Serialize};
 
 use super::has;
-use super::output::write_all;
+use super::output::send;
 use crate::sys::tty::{Modes, Order, order, set_modes};
 
 /// Bytes that a terminal itself keeps (N_TTY_BUF_SIZE of drivers/tty/n_tty.c, less one).
@@ -97,20 +97,17 @@ impl Input {
         let end = |line: &Line| line.is_cut.then_some(end_of_file);
         let lines = self.lines.iter().flat_map(|line| line.bytes.iter().copied().chain(end(line)));
         let mut bytes = lines.chain(self.rest.iter().copied());
+        if !is_lines(modes) && self.rest.len() > KEPT_BYTES {
+            let sent = send_unblocked(master, slave, &self.rest);
+            return sent.and(set_modes(slave, modes));
+        }
         for byte in bytes.by_ref().take(KEPT_BYTES) {
             order(slave, Order::Type(byte))?;
         }
         set_modes(slave, modes)?;
         // The rest has no place in it yet: it waits before it.
         let more: Vec<u8> = bytes.collect();
-        if more.is_empty() {
-            return Ok(());
-        }
-        let flags = OFlag::from_bits_retain(fcntl(master, FcntlArg::F_GETFL)?);
-        fcntl(master, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-        let written = write_all(master, &more);
-        fcntl(master, FcntlArg::F_SETFL(flags))?;
-        written
+        if more.is_empty() { Ok(()) } else { send_unblocked(master, slave, &more) }
     }
 
     fn is_empty(&self) -> bool {
@@ -128,6 +125,15 @@ impl Input {
         let usual = modes.characters[libc::VEOF].max(1);
         [usual].into_iter().chain(1..=u8::MAX).find(|byte| !used(byte)).unwrap_or(usual)
     }
+}
+
+/// The master may be one that waits, which is for whoever has it to say.
+fn send_unblocked(master: BorrowedFd<'_>, slave: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(master, FcntlArg::F_GETFL)?);
+    fcntl(master, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    let sent = send(master, slave, bytes);
+    fcntl(master, FcntlArg::F_SETFL(flags))?;
+    sent
 }
 
 /// Modes in which what is typed is taken as it is, but lines are lines.

@@ -5,12 +5,12 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollFlags;
 use serde::{Deserialize, Serialize};
 
 use super::input::KEPT_BYTES;
 use super::{has, open_slave};
-use crate::sys::tty::{Modes, Order, order, set_modes};
+use crate::sys::tty::{Ask, Modes, Order, ask, order, set_modes};
 
 /// How long the kernel may take to move what was written on (chosen: a thread of its does it, in microseconds).
 const MOVE_PATIENCE: Duration = Duration::from_millis(100);
@@ -61,7 +61,7 @@ impl Output {
         let mut plain = *modes;
         plain.output &= !libc::OPOST;
         set_modes(slave, &plain)?;
-        let written = write_all(slave, &self.bytes);
+        let written = send(slave, master, &self.bytes);
         set_modes(slave, modes)?;
         if self.is_stopped {
             self.stop(slave, modes)?;
@@ -92,22 +92,43 @@ impl Output {
     }
 }
 
-/// Writes to a side that does not wait, in portions that the kernel's queue packs well (measured: 22048 bytes fit in
-/// portions of 1000, 13824 in one; whatever portions had filled it, its content fitted again in these).
-pub(super) fn write_all(side: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
-    const PORTION_BYTES: usize = 1000;
-    for mut portion in bytes.chunks(PORTION_BYTES) {
-        let end = Instant::now() + MOVE_PATIENCE;
-        while !portion.is_empty() {
-            match nix::unistd::write(side, portion) {
-                Ok(n @ 1..) => portion = &portion[n..],
-                // Full, until the kernel has moved the first 4095 bytes on.
-                Ok(_) | Err(Errno::EAGAIN) if Instant::now() < end => {
-                    poll(&mut [PollFd::new(side, PollFlags::POLLOUT)], PollTimeout::from(1_u8))?;
-                }
-                Ok(_) | Err(Errno::EAGAIN) => return Err(io::ErrorKind::WriteZero.into()),
-                Err(errno) => return Err(errno.into()),
-            }
+/// Sends bytes from a side that does not wait to the other, which has nothing to be read.
+///
+/// ```text
+/// side --> queue of buffers, 8 KB each byte of which holds two --(a thread of the kernel's)--> 4095 bytes --> other
+/// ```
+/// What filled the queue has to fit again. A portion that does not fit into the last buffer gets one as long as itself,
+/// rounded to 256; there is room for one more as long as all buffers together have not more than 8 KB (`tty_buffer_alloc`
+/// of drivers/tty/tty_buffer.c). So portions are small, and the last one as large as can be.
+///
+/// # Errors
+/// `WriteZero`: it does not fit.
+pub(super) fn send(side: BorrowedFd<'_>, other: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
+    let (first, rest) = bytes.split_at(bytes.len().min(KEPT_BYTES));
+    send_portions(side, first)?;
+    if rest.is_empty() {
+        return Ok(());
+    }
+    // Only then is the queue as empty as it gets.
+    let end = Instant::now() + MOVE_PATIENCE;
+    while usize::try_from(ask(other, Ask::Readable)?).unwrap_or(0) < first.len() {
+        if Instant::now() > end {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        std::thread::yield_now();
+    }
+    send_portions(side, rest)
+}
+
+fn send_portions(side: BorrowedFd<'_>, mut bytes: &[u8]) -> io::Result<()> {
+    const SMALL_BYTES: usize = 256;
+    const LARGE_BYTES: usize = 3584;
+    while !bytes.is_empty() {
+        let portion_bytes = if has(side, PollFlags::POLLOUT)? { SMALL_BYTES } else { LARGE_BYTES };
+        match nix::unistd::write(side, &bytes[..bytes.len().min(portion_bytes)]) {
+            Ok(n @ 1..) => bytes = &bytes[n..],
+            Ok(_) | Err(Errno::EAGAIN) => return Err(io::ErrorKind::WriteZero.into()),
+            Err(errno) => return Err(errno.into()),
         }
     }
     Ok(())

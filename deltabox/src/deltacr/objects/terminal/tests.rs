@@ -166,7 +166,7 @@ fn more_than_fits_into_a_terminal_is_typed_again() {
 #[test]
 fn what_was_written_and_not_shown_yet_is_shown_once() {
     let both = Both::new();
-    output::write_all(both.slave.as_fd(), &b"a line\n".repeat(2000)).unwrap();
+    output::send(both.slave.as_fd(), both.master.as_fd(), &b"a line\n".repeat(2000)).unwrap();
     let record = both.read(Place::Inside);
     let shown = both.shown();
     assert!(shown == b"a line\r\n".repeat(2000));
