@@ -9,7 +9,7 @@ use nix::poll::PollFlags;
 use serde::{Deserialize, Serialize};
 
 use super::has;
-use super::output::send;
+use super::output::{send, send_portions};
 use crate::sys::tty::{Modes, Order, order, set_modes};
 
 /// Bytes that a terminal itself keeps (N_TTY_BUF_SIZE of drivers/tty/n_tty.c, less one).
@@ -98,7 +98,7 @@ impl Input {
         let lines = self.lines.iter().flat_map(|line| line.bytes.iter().copied().chain(end(line)));
         let mut bytes = lines.chain(self.rest.iter().copied());
         if !is_lines(modes) && self.rest.len() > KEPT_BYTES {
-            let sent = send_unblocked(master, slave, &self.rest);
+            let sent = unblocked(master, || send(master, slave, &self.rest));
             return sent.and(set_modes(slave, modes));
         }
         for byte in bytes.by_ref().take(KEPT_BYTES) {
@@ -107,7 +107,7 @@ impl Input {
         set_modes(slave, modes)?;
         // The rest has no place in it yet: it waits before it.
         let more: Vec<u8> = bytes.collect();
-        if more.is_empty() { Ok(()) } else { send_unblocked(master, slave, &more) }
+        if more.is_empty() { Ok(()) } else { unblocked(master, || send_portions(master, &more)) }
     }
 
     fn is_empty(&self) -> bool {
@@ -128,12 +128,12 @@ impl Input {
 }
 
 /// The master may be one that waits, which is for whoever has it to say.
-fn send_unblocked(master: BorrowedFd<'_>, slave: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
+fn unblocked(master: BorrowedFd<'_>, work: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(master, FcntlArg::F_GETFL)?);
     fcntl(master, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-    let sent = send(master, slave, bytes);
+    let done = work();
     fcntl(master, FcntlArg::F_SETFL(flags))?;
-    sent
+    done
 }
 
 /// Modes in which what is typed is taken as it is, but lines are lines.

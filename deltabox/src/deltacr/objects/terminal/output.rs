@@ -109,7 +109,7 @@ pub(super) fn send(side: BorrowedFd<'_>, other: BorrowedFd<'_>, bytes: &[u8]) ->
     if rest.is_empty() {
         return Ok(());
     }
-    // Only then is the queue as empty as it gets.
+    // Only once it was moved on is the queue as empty as it gets.
     let end = Instant::now() + MOVE_PATIENCE;
     while usize::try_from(ask(other, Ask::Readable)?).unwrap_or(0) < first.len() {
         if Instant::now() > end {
@@ -120,7 +120,11 @@ pub(super) fn send(side: BorrowedFd<'_>, other: BorrowedFd<'_>, bytes: &[u8]) ->
     send_portions(side, rest)
 }
 
-fn send_portions(side: BorrowedFd<'_>, mut bytes: &[u8]) -> io::Result<()> {
+/// Sends bytes to a side that has its 4095 already.
+///
+/// # Errors
+/// `WriteZero`: they do not fit.
+pub(super) fn send_portions(side: BorrowedFd<'_>, mut bytes: &[u8]) -> io::Result<()> {
     const SMALL_BYTES: usize = 256;
     const LARGE_BYTES: usize = 3584;
     while !bytes.is_empty() {

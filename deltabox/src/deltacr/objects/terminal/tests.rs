@@ -164,6 +164,23 @@ fn more_than_fits_into_a_terminal_is_typed_again() {
 }
 
 #[test]
+fn more_lines_than_fit_into_a_terminal_are_typed_again() {
+    let both = Both::new();
+    both.change(|modes| modes.local &= !libc::ECHO);
+    // As much as it takes at once, and what waits before it.
+    let line = [b"x".repeat(99), b"\n".to_vec()].concat();
+    for _ in 0..90 {
+        both.type_in(&line);
+    }
+    let record = both.read(Place::Inside);
+    let made = Both::again(&record);
+    for both in [&both, &made] {
+        let lines = both.reads();
+        assert!(lines.len() == 90 && lines.iter().all(|one| *one == line), "{} lines", lines.len());
+    }
+}
+
+#[test]
 fn what_was_written_and_not_shown_yet_is_shown_once() {
     let both = Both::new();
     output::send(both.slave.as_fd(), both.master.as_fd(), &b"a line\n".repeat(2000)).unwrap();
