@@ -111,6 +111,8 @@ pub fn set_modes(fd: BorrowedFd<'_>, modes: &Modes) -> io::Result<()> {
 pub enum Ask {
     /// Which of the pairs it is (of a master).
     Index,
+    /// The kernel's number of its device, of a pair the slave's, as stat(2) encodes it (on either side).
+    Device,
     /// Whether the slave may not be opened (of a master).
     Locked,
     /// Whether a master is told what happens to its slave (TIOCPKT).
@@ -131,6 +133,7 @@ pub enum Ask {
 pub fn ask(fd: BorrowedFd<'_>, what: Ask) -> io::Result<i32> {
     let request = match what {
         Ask::Index => libc::TIOCGPTN,
+        Ask::Device => libc::TIOCGDEV,
         Ask::Locked => libc::TIOCGPTLCK,
         Ask::PacketMode => libc::TIOCGPKT,
         Ask::Exclusive => libc::TIOCGEXCL,

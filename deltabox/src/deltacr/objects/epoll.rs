@@ -251,6 +251,28 @@ mod tests {
     }
 
     #[test]
+    fn a_target_that_another_process_still_has_is_that_ones() {
+        use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+        let old = instance();
+        let (r, _w) = pipe_with(b"");
+        old.add(&r, EpollEvent::new(EpollFlags::EPOLLIN, 1)).unwrap();
+        for fd in [&r, &old.0] {
+            fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+        }
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let (number, instance) = (r.as_raw_fd(), old.0.as_raw_fd());
+        drop(r);
+        let tasks = [nix::unistd::gettid().as_raw(), child.id().cast_signed()];
+        let holders = tasks.map(|task| Holder { task, number: instance });
+        let record = Epoll::read(&own_fdinfo(old.0.as_fd()).unwrap(), &holders).unwrap();
+        assert_eq!(record.targets().iter().map(|target| target.holder).collect::<Vec<_>>(), [1]);
+        assert!(record.last_calls(0, 5).is_empty());
+        assert_eq!(record.last_calls(1, 5)[0].args[2], argument(number));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
     fn a_target_whose_number_another_file_has_is_refused_too() {
         // Other tests may take the number first.
         let has_shown = |_| {

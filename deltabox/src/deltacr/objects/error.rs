@@ -6,7 +6,7 @@ use libc::pid_t;
 
 use super::ObjectKind;
 
-/// A failure. Nothing was changed.
+/// A failure. Nothing was changed, unless the function says otherwise.
 #[derive(Debug, thiserror::Error)]
 pub enum ObjectError {
     /// It cannot be held.

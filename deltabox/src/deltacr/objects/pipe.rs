@@ -113,7 +113,7 @@ pub fn duplicate(old: BorrowedFd<'_>, new: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 /// Whether an end that none of these descriptions is of is open elsewhere: in init, at a client, or on its way in a
-/// message.
+/// message. (Of a FIFO it need not be true: one that never had a writer looks as if it had one.)
 ///
 /// # Errors
 /// The kernel's word.

@@ -114,7 +114,8 @@ impl Terminal {
     /// Reads it. `inside` tells the number inside the sandbox of a session or process group with a host number.
     ///
     /// # Errors
-    /// `Discipline`, `PacketStatus`; or the kernel's word.
+    /// `Discipline`, `PacketStatus`: nothing was touched. Or the kernel's word; if that is about what was typed or written,
+    /// some of it is lost.
     pub fn read(pair: Pair<'_>, place: Place, inside: impl Fn(pid_t) -> Option<pid_t>) -> Result<Self, ObjectError> {
         let Pair { master, slave, .. } = pair;
         let (told, look) = (failed("ask a terminal"), failed("look at a terminal"));
@@ -247,6 +248,17 @@ impl Terminal {
     pub fn place(&self) -> Place {
         if self.master.is_some() { Place::Inside } else { Place::Outside }
     }
+}
+
+/// N of `/dev/pts/N` that a descriptor is of: master, slave or `/dev/tty`. So both sides of a pair find each other.
+///
+/// # Errors
+/// `InvalidInput`: it is a terminal of another kind; EIO: its master is closed. Or the kernel's word.
+pub fn index_of(fd: BorrowedFd<'_>) -> io::Result<i32> {
+    let device = ask(fd, Ask::Device)?.cast_unsigned();
+    // UNIX98_PTY_SLAVE_MAJOR of include/uapi/linux/major.h; new_decode_dev of include/linux/kdev_t.h.
+    let (major, minor) = ((device >> 8) & 0xfff, device & 0xff | (device >> 12) & 0xf_ff00);
+    if major == 136 { i32::try_from(minor).map_err(io::Error::other) } else { Err(io::ErrorKind::InvalidInput.into()) }
 }
 
 /// Opens the slave, locked or not: a description, which nobody gets as controlling terminal by that.

@@ -326,6 +326,16 @@ fn a_master_without_slaves_keeps_what_it_shows_and_whether_it_was_hung_up() {
 }
 
 #[test]
+fn both_sides_know_which_pair_they_are() {
+    let both = Both::new();
+    let index = ask(both.master.as_fd(), Ask::Index).unwrap();
+    assert_eq!(index_of(both.master.as_fd()).unwrap(), index);
+    assert_eq!(index_of(both.slave.as_fd()).unwrap(), index);
+    assert!(index_of(make_dead(both.devpts.as_fd(), libc::O_RDWR).unwrap().as_fd()).is_err());
+    assert!(index_of(tempfile::tempfile().unwrap().as_fd()).is_err());
+}
+
+#[test]
 fn a_pair_gets_its_name_back_only_if_it_is_free() {
     let devpts = devpts();
     // Names below may be freed and those above taken by other tests meanwhile.
