@@ -294,6 +294,13 @@ mod tests {
         Pipe::read(&fds, &Spare::new().unwrap()).unwrap()
     }
 
+    /// Waits until the other end is closed: a child of another test has it until its exec.
+    fn is_left_alone(end: &OwnedFd, flag: PollFlags) -> bool {
+        let mut fds = [PollFd::new(end.as_fd(), PollFlags::empty())];
+        poll(&mut fds, PollTimeout::from(5000_u16)).unwrap();
+        fds[0].revents().unwrap().contains(flag)
+    }
+
     fn unblocked(end: &OwnedFd) -> &OwnedFd {
         fcntl(end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
         end
@@ -410,8 +417,9 @@ mod tests {
         write(&w, b"unread").unwrap();
         drop(r);
         let record = record(&[&w]);
-        assert!(!leads_out(&[w.as_fd()]).unwrap(), "the look left a reader");
+        assert!(is_left_alone(&w, PollFlags::POLLERR), "the look left a reader");
         let made = record.make().unwrap();
+        assert!(is_left_alone(&made[0], PollFlags::POLLERR), "a reader was left");
         assert_eq!(write(&made[0], b"x"), Err(Errno::EPIPE));
         let late = reopen(made[0].as_fd(), OFlag::O_RDONLY).unwrap();
         assert_eq!(reads(&late, 100), [b"unread"]);
@@ -454,9 +462,11 @@ mod tests {
         assert!(leads_out(&[r.as_fd()]).unwrap() && leads_out(&[w.as_fd()]).unwrap());
         assert!(!leads_out(&[r.as_fd(), w.as_fd()]).unwrap());
         drop(w);
+        assert!(is_left_alone(&r, PollFlags::POLLHUP));
         assert!(!leads_out(&[r.as_fd()]).unwrap());
         let (r, w) = pipe(OFlag::empty());
         drop(r);
+        assert!(is_left_alone(&w, PollFlags::POLLERR));
         assert!(!leads_out(&[w.as_fd()]).unwrap());
     }
 
