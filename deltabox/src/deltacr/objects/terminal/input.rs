@@ -86,10 +86,15 @@ impl Input {
         modes: &Modes,
         may_flush: bool,
     ) -> io::Result<()> {
-        let end_of_file = self.unused_byte(modes);
-        if !self.is_empty() || may_flush {
-            set_modes(slave, &quiet(modes, end_of_file))?;
+        if self.is_empty() {
+            if may_flush && is_lines(modes) {
+                set_modes(slave, modes)?;
+                order(slave, Order::FlushInput)?;
+            }
+            return Ok(());
         }
+        let end_of_file = self.unused_byte(modes);
+        set_modes(slave, &quiet(modes, end_of_file))?;
         if may_flush {
             // A switch to line mode leaves the end of a line behind where no line is.
             order(slave, Order::FlushInput)?;
