@@ -33,9 +33,7 @@ impl Both {
     fn again(record: &Terminal) -> Self {
         let mut made = Self::new();
         // Its name is free or not, which is another test's matter.
-        let index = ask(made.master.as_fd(), Ask::Index).unwrap();
-        let renamed = Terminal { index, ..record.clone() };
-        renamed.put_back(made.pair()).unwrap();
+        record.put_back(made.pair()).unwrap();
         if record.master.as_ref().is_some_and(|master| master.is_locked) {
             order(made.master.as_fd(), Order::Lock(false)).unwrap();
         }
@@ -277,10 +275,9 @@ fn modes_size_owner_and_flags_come_back() {
     crate::sys::fs::chmod(both.slave.as_fd(), 0o600).unwrap();
     let record = both.read(Place::Inside);
     let made = Both::new();
+    record.put_back(made.pair()).unwrap();
     let index = ask(made.master.as_fd(), Ask::Index).unwrap();
-    let renamed = Terminal { index, ..record };
-    renamed.put_back(made.pair()).unwrap();
-    assert_eq!(made.read(Place::Inside), renamed);
+    assert_eq!(made.read(Place::Inside), Terminal { index, ..record });
     let asked = |fd: &OwnedFd, what| ask(fd.as_fd(), what).unwrap();
     assert_eq!((asked(&made.slave, Ask::Exclusive), asked(&made.master, Ask::Locked)), (1, 1));
 }
@@ -327,9 +324,7 @@ fn a_master_without_slaves_keeps_what_it_shows_and_whether_it_was_hung_up() {
         let pair = Pair { devpts: devpts.as_fd(), master: master.as_fd(), slave: None };
         let record = Terminal::read(pair, Place::Inside, |_| None).unwrap();
         let made = open_master(devpts.as_fd()).unwrap();
-        let index = ask(made.as_fd(), Ask::Index).unwrap();
-        let pair = Pair { devpts: devpts.as_fd(), master: made.as_fd(), slave: None };
-        Terminal { index, ..record }.put_back(pair).unwrap();
+        record.put_back(Pair { devpts: devpts.as_fd(), master: made.as_fd(), slave: None }).unwrap();
         for master in [&master, &made] {
             let is_hung_up =
                 if was_open { is_left_alone(master) } else { has(master.as_fd(), PollFlags::POLLHUP).unwrap() };
