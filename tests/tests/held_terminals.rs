@@ -24,7 +24,7 @@ const PROMPT: &str = "ready2> ";
 fn find(host: &Host, command: &str) -> (i32, i32) {
     let report = host.cli(["ps", "--json", "a"]).json();
     let found = report["processes"].as_array().expect("processes").iter().find(|one| one["command"] == command);
-    let found = found.unwrap_or_else(|| panic!("no {command} in {report}"));
+    let found = found.expect("the process");
     let number = |key: &str| i32::try_from(found[key].as_i64().expect(key)).expect(key);
     (number("host_pid"), number("pid"))
 }
