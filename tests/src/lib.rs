@@ -15,6 +15,7 @@ pub mod bench;
 pub mod disk;
 pub mod leftovers;
 pub mod terminal;
+pub mod worker;
 
 use std::ffi::OsStr;
 use std::fs;

@@ -55,9 +55,12 @@ pub(crate) fn terminal_peer(master: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let unlock: libc::c_int = 0;
     // SAFETY: TIOCSPTLCK reads one int.
     check(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const unlock) }.into())?;
-    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // O_CLOEXEC would stay in the description's own flags, and show in fdinfo for all of its descriptors.
+    let flags = libc::O_RDWR | libc::O_NOCTTY;
     // SAFETY: TIOCGPTPEER takes flags by value and returns a descriptor.
-    check_fd(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) }.into())
+    let peer = check_fd(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) }.into())?;
+    nix::fcntl::fcntl(&peer, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
+    Ok(peer)
 }
 
 /// Sets a terminal's size.

@@ -7,7 +7,7 @@ use crate::daemon::types::Started;
 use crate::engine::{ExecRequest, Exit, OnDisconnect, Stdio};
 use crate::sandbox::SandboxId;
 
-use super::{Context, Failure, Outcome, parse, print};
+use super::{Context, Failure, Outcome, bracket, parse, print};
 
 /// Starts a command in a sandbox; the exit status is the command's.
 #[derive(Debug, clap::Args)]
@@ -19,12 +19,16 @@ use super::{Context, Failure, Outcome, parse, print};
     deltabox exec -t dev -- bash                        a terminal, as ssh -t\n  \
     tar c src | deltabox exec -i dev -- tar x           -i passes standard input on\n  \
     deltabox exec -d dev -- ./server                    prints the pid inside; output: deltabox logs dev PID\n  \
+    deltabox exec --bracket dev -- make check             tests whose side effects are undone\n  \
     deltabox exec -u 1000:1000 -w /src dev -- id"
 )]
 pub(super) struct Args {
     /// In the background: print its pid inside, write its output to its log.
     #[arg(short, long, conflicts_with_all = ["tty", "interactive", "on_disconnect"])]
     detach: bool,
+    /// Without side effects: make a checkpoint, run the command, roll back. Only its output and exit status stay.
+    #[arg(long, conflicts_with = "detach")]
+    bracket: bool,
     #[command(flatten)]
     how: HowArgs,
     /// Environment on top of the sandbox's (repeatable).
@@ -100,6 +104,11 @@ pub(super) fn run(args: Args, context: &Context) -> Outcome {
             print::line(&started.pid.to_string())?
         }
         return Ok(0);
+    }
+    if args.bracket {
+        return bracket::run(&client, &args.sandbox, || {
+            foreground(&client, &args.sandbox, &args.how, args.env, args.command, context.json)
+        });
     }
     foreground(&client, &args.sandbox, &args.how, args.env, args.command, context.json)
 }

@@ -6,6 +6,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "printing reports is what this module is for")]
 
 mod attach;
+mod bracket;
 mod checkpoint;
 mod create;
 mod diff;
@@ -119,6 +120,16 @@ impl Failure {
     fn new(exit_code: u8, code: &str, message: impl Into<String>, hint: impl Into<String>) -> Self {
         let detail = ErrorDetail { code: code.to_owned(), message: message.into(), hint: hint.into() };
         Self { exit_code, detail, quiet: false }
+    }
+
+    /// With one more thing to know.
+    fn with_hint(mut self, more: &str) -> Self {
+        let hint = &mut self.detail.hint;
+        if !hint.is_empty() {
+            hint.push_str("; ");
+        }
+        hint.push_str(more);
+        self
     }
 
     fn usage(message: impl Into<String>, hint: impl Into<String>) -> Self {

@@ -10,7 +10,8 @@ use super::{Context, Outcome, print};
 /// Shows the checkpoints of a sandbox: who comes from whom, and what each takes.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "`*` marks the checkpoint that the sandbox's state comes from. OWN is what the checkpoint's \
-                        removal would free, SHARED what others need too.")]
+                        removal would free, SHARED what others need too. MEMORY is what its \
+                        processes had of their own, HELD where a rollback would have them from.")]
 pub(super) struct Args {
     /// The sandbox.
     sandbox: SandboxId,
@@ -23,7 +24,10 @@ pub(super) fn run(args: Args, context: &Context) -> Outcome {
         return Ok(0);
     }
     let rows: Vec<_> = drawn(&tree).into_iter().map(|(drawing, node)| cells(drawing, node, &tree)).collect();
-    print::table(&["CHECKPOINT", "NAME", ">AGE", ">LAYERS", ">OWN", ">SHARED", ">STOPPED us"], &rows)?;
+    print::table(
+        &["CHECKPOINT", "NAME", ">AGE", ">LAYERS", ">OWN", ">SHARED", ">PROCESSES", ">MEMORY", "HELD", ">STOPPED us"],
+        &rows,
+    )?;
     for node in &tree.checkpoints {
         if let Some(damage) = &node.damage {
             print::line(&format!("{} is damaged: {}", node.checkpoint.id, print::printable(damage)))?;
@@ -42,8 +46,20 @@ fn cells(drawing: String, node: &TreeNode, tree: &TreeReport) -> Vec<String> {
         node.n_layers.to_string(),
         print::size(node.own_bytes),
         print::size(node.shared_bytes),
+        if one.fs_only { "-".to_owned() } else { one.n_processes.to_string() },
+        if one.fs_only { "-".to_owned() } else { print::size(one.memory_bytes) },
+        held(node).to_owned(),
         one.stopped_us.to_string(),
     ]
+}
+
+/// Where a rollback would have its processes from.
+fn held(node: &TreeNode) -> &'static str {
+    match (node.checkpoint.fs_only, node.in_memory) {
+        (true, _) => "files only",
+        (false, true) => "templates",
+        (false, false) => "files; processes lost",
+    }
 }
 
 /// Every node with the lines that lead to it, children below their parent. A chain of any length takes one column:
@@ -103,8 +119,9 @@ mod tests {
             n_processes: 0,
             n_threads: 0,
             n_descriptions: 0,
+            memory_bytes: 0,
         };
-        TreeNode { checkpoint, n_layers: 0, own_bytes: 0, shared_bytes: 0, damage: None }
+        TreeNode { checkpoint, n_layers: 0, own_bytes: 0, shared_bytes: 0, in_memory: false, damage: None }
     }
 
     #[test]

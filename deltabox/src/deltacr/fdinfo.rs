@@ -1,5 +1,7 @@
 //! `/proc/PID/fdinfo/N` (proc_pid_fdinfo(5)). Pure.
 
+use serde::{Deserialize, Serialize};
+
 /// What fdinfo tells of a descriptor.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct FdInfo {
@@ -22,7 +24,7 @@ pub(super) struct FdInfo {
 }
 
 /// Who holds a lock.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(super) enum Owner {
     /// flock(2): the description, the whole file.
     Description,
@@ -35,7 +37,7 @@ pub(super) enum Owner {
 }
 
 /// A lock that is held.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(super) struct Lock {
     pub(super) owner: Owner,
     pub(super) exclusive: bool,

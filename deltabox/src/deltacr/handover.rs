@@ -367,7 +367,7 @@ fn runs(numbers: &[i32]) -> Vec<(i32, i32)> {
     runs
 }
 
-fn check(pid: pid_t, call: &'static str, result: i64) -> Result<(), HandoverError> {
+pub(super) fn check(pid: pid_t, call: &'static str, result: i64) -> Result<(), HandoverError> {
     if !(-4095..0).contains(&result) {
         return Ok(());
     }

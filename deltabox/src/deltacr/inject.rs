@@ -63,6 +63,8 @@ pub struct Hand<'a> {
     own: Registers,
     mask: u64,
     pub(super) marker: i32,
+    /// What the thread's end will be told by.
+    pub(super) exit_signal: i32,
     pub(super) area: u64,
     /// The thread waits in batch code for more calls.
     waits: bool,
@@ -92,7 +94,7 @@ impl<'a> Hand<'a> {
             return Err(InjectRefusal::ForeignArchitecture { pid }.into());
         }
         let memory = Memory::of(pid, tid);
-        let (ground, stat) = match look_at_known(stopped, tid, &memory) {
+        let (ground, stat) = match look_at_known(stopped, (pid, tid), &memory) {
             Some(known) => known,
             None => {
                 let file = tasks::open_stat(pid, tid).map_err(failed("read the state of"))?;
@@ -122,7 +124,9 @@ impl<'a> Hand<'a> {
         own.rip = leave_critical_section(&memory, tid, &own).map_err(failed("read the rseq area of"))?;
         stopped.keep_registers(tid, own);
         stopped.pin_to(stat.cpu);
-        let mut hand = Self { stopped, pid, tid, memory, own, mask, marker, area: 0, waits: false, closed: false };
+        let exit_signal = stat.exit_signal;
+        let mut hand =
+            Self { stopped, pid, tid, memory, own, mask, marker, exit_signal, area: 0, waits: false, closed: false };
         hand.set_options(libc::PTRACE_O_SUSPEND_SECCOMP)?;
         hand.enter(ground)?;
         Ok(hand)
@@ -405,7 +409,8 @@ impl<'a> Hand<'a> {
 
     /// Sets the thread's `PTRACE_O_*`; without PTRACE_O_SUSPEND_SECCOMP its filter holds.
     pub(super) fn set_options(&self, options: i32) -> Result<(), InjectError> {
-        ptrace::setoptions(Pid::from_raw(self.tid), ptrace::Options::from_bits_retain(options))
+        let options = ptrace::Options::from_bits_retain(options | self.stopped.options);
+        ptrace::setoptions(Pid::from_raw(self.tid), options)
             .map_err(|source| self.error("set the trace options of", source.into()))
     }
 
@@ -455,9 +460,11 @@ fn thread_error(op: &'static str, pid: pid_t, tid: pid_t, source: io::Error) -> 
     InjectError::Thread { op, pid, tid, source }
 }
 
-/// The ground and state of a process that the tracer knows from an earlier stop, if all is as it was.
-fn look_at_known(stopped: &Stopped, tid: pid_t, memory: &Memory) -> Option<(Ground, Stat)> {
-    let known = stopped.kept.known.iter().find(|known| known.tid == tid)?;
-    let stat = tasks::reread_stat(&known.stat).ok()??;
+/// The ground of a process that the tracer knows from an earlier hand, if all is as it was, and the state of the thread:
+/// the area is the same for all threads.
+fn look_at_known(stopped: &Stopped, (pid, tid): (pid_t, pid_t), memory: &Memory) -> Option<(Ground, Stat)> {
+    let known = stopped.kept.known.iter().find(|known| known.pid == pid)?;
+    let stat =
+        if known.tid == tid { tasks::reread_stat(&known.stat).ok()?? } else { tasks::read_stat(pid, tid).ok()?? };
     known.holds(memory).then_some((Ground::Known(known.area), stat))
 }

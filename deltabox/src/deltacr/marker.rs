@@ -43,7 +43,7 @@ mod tests {
     }
 
     fn marker(pending: u64, ignored: u64, caught: u64) -> Option<i32> {
-        choose_marker(&tasks::Stat { state: 't', pending, ignored, caught, n_threads: 1, cpu: 0 })
+        choose_marker(&tasks::Stat { state: 't', pending, ignored, caught, n_threads: 1, exit_signal: 17, cpu: 0 })
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 mod alarm;
 mod area;
+pub mod descriptors;
 mod error;
 mod fdinfo;
 mod frame;
@@ -12,10 +13,16 @@ mod handover;
 mod helper;
 pub mod inject;
 mod interrupted;
+mod locks;
 mod marker;
+pub mod moment;
 pub mod objects;
+mod place;
+mod position;
 pub mod rebase;
+mod reopen;
 mod rseq;
+mod shared;
 pub mod state;
 pub mod stop;
 mod table;

@@ -144,6 +144,8 @@ pub struct Stopped {
     pub(super) subreapers: Vec<(pid_t, bool)>,
     pub(super) alarm: Alarm,
     pub(super) kept: Kept,
+    /// `PTRACE_O_*` that all threads have.
+    pub(super) options: i32,
     /// Raw pointers are not `Send`: neither is this.
     not_send: PhantomData<*const ()>,
 }
@@ -184,6 +186,7 @@ impl Stopped {
             subreapers: Vec::new(),
             alarm,
             kept,
+            options: 0,
             not_send: PhantomData,
         }
     }
@@ -225,6 +228,24 @@ impl Stopped {
     /// How many threads are stopped.
     pub fn n_threads(&self) -> usize {
         self.processes.iter().map(|process| process.threads.len()).sum()
+    }
+
+    /// Binds the life of all processes to this thread's until they are let go: what is half changed must not run on if the
+    /// engine dies.
+    ///
+    /// # Errors
+    /// The kernel's word.
+    pub(super) fn bind(&mut self) -> io::Result<()> {
+        self.options = libc::PTRACE_O_EXITKILL;
+        let options = ptrace::Options::from_bits_retain(self.options);
+        for thread in self.processes.iter().flat_map(|process| &process.threads) {
+            match ptrace::setoptions(Pid::from_raw(thread.tid), options) {
+                // Killed meanwhile.
+                Ok(()) | Err(nix::Error::ESRCH) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
     }
 
     /// The engine's hand in process `pid`: its first thread will make system calls for the engine. The first hand pins the

@@ -1,9 +1,10 @@
 //! A stopped task's descriptor table, read in as few calls as the kernel allows: it is read while programs stand still.
 
+use std::cmp::Ordering;
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 
 use libc::pid_t;
@@ -12,9 +13,10 @@ use nix::fcntl::{OFlag, openat, readlinkat};
 use nix::sys::stat::Mode;
 
 use super::fdinfo::FdInfo;
+use super::stop::Process;
 use super::tasks::Lists;
 use crate::sys::fs::read_entries;
-use crate::sys::process::{pidfd_getfd, pidfd_open_thread};
+use crate::sys::process::{Compared, compare, pidfd_getfd, pidfd_open_thread};
 
 /// Of fdinfo, and of a directory's entries (chosen: 60 of those, and all of the former but long lists).
 const TEXT_BYTES: usize = 2048;
@@ -50,6 +52,19 @@ pub(super) enum Link {
 const PLAIN: [&[u8]; 5] =
     [b"pipe:[", b"anon_inode:[eventfd]", b"anon_inode:[timerfd]", b"anon_inode:[signalfd]", b"anon_inode:[pidfd]"];
 
+impl Link {
+    /// Sorts the text of a link.
+    pub(super) fn of(text: &[u8]) -> Self {
+        match text {
+            [b'/', ..] => Self::Path(text.to_vec()),
+            // Only a path can be longer than PATH_MAX.
+            [] => Self::TooLong,
+            bytes if PLAIN.iter().any(|plain| bytes.starts_with(plain)) => Self::Plain,
+            _ => Self::Other,
+        }
+    }
+}
+
 impl Table {
     fn open(pid: pid_t, tid: pid_t) -> io::Result<Self> {
         let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
@@ -57,6 +72,13 @@ impl Table {
         let open = |name: &CStr| openat(&task, name, flags, Mode::empty());
         let (links, infos) = (open(c"fd")?, open(c"fdinfo")?);
         Ok(Self { tid, task, links, infos, pidfd: pidfd_open_thread(tid)?, text: vec![0; TEXT_BYTES] })
+    }
+
+    /// With the numbers in use.
+    pub(super) fn open_with_numbers(pid: pid_t, tid: pid_t) -> io::Result<(Self, Vec<i32>)> {
+        let mut table = Self::open(pid, tid)?;
+        let numbers = table.numbers()?;
+        Ok((table, numbers))
     }
 
     /// The task's directory.
@@ -89,19 +111,23 @@ impl Table {
     }
 
     pub(super) fn link(&self, number: i32) -> io::Result<Link> {
-        let link = match readlinkat(&self.links, number.to_string().as_str()) {
-            // Only a path can be longer than PATH_MAX.
-            Err(Errno::ENAMETOOLONG) => return Ok(Link::TooLong),
-            link => link?,
-        };
-        Ok(match link.as_bytes() {
-            [b'/', ..] => Link::Path(link.into_vec()),
-            bytes if PLAIN.iter().any(|plain| bytes.starts_with(plain)) => Link::Plain,
-            _ => Link::Other,
-        })
+        Ok(Link::of(&self.link_text(number)?))
+    }
+
+    /// What a descriptor's link says; nothing where that is a path longer than the kernel tells.
+    pub(super) fn link_text(&self, number: i32) -> io::Result<Vec<u8>> {
+        match readlinkat(&self.links, number.to_string().as_str()) {
+            Err(Errno::ENAMETOOLONG) => Ok(Vec::new()),
+            link => Ok(link?.into_vec()),
+        }
     }
 
     pub(super) fn info(&mut self, number: i32) -> io::Result<FdInfo> {
+        FdInfo::parse(self.info_text(number)?).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    }
+
+    /// fdinfo as the kernel writes it.
+    pub(super) fn info_text(&mut self, number: i32) -> io::Result<&str> {
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
         let file = openat(&self.infos, number.to_string().as_str(), flags, Mode::empty())?;
         let mut len_bytes = 0;
@@ -114,8 +140,7 @@ impl Table {
             }
             self.text.resize(2 * len_bytes, 0);
         }
-        let info = str::from_utf8(&self.text[..len_bytes]).ok().and_then(FdInfo::parse);
-        info.ok_or_else(|| io::ErrorKind::InvalidData.into())
+        str::from_utf8(&self.text[..len_bytes]).map_err(|_| io::ErrorKind::InvalidData.into())
     }
 
     /// A copy of the description.
@@ -145,10 +170,59 @@ impl Ahead {
                 return Ok((table, numbers));
             }
         }
-        let mut table = Table::open(pid, tid)?;
-        let numbers = table.numbers()?;
-        Ok((table, numbers))
+        Table::open_with_numbers(pid, tid)
     }
+}
+
+/// Descriptor tables, each known by a task that has it.
+#[derive(Debug, Default)]
+pub(super) struct Tables {
+    /// In kcmp's order, with the number of each.
+    known: Vec<(pid_t, usize)>,
+}
+
+impl Tables {
+    /// The number of a task's table, and whether no task before had it.
+    pub(super) fn number(&mut self, tid: pid_t) -> io::Result<(usize, bool)> {
+        match search(&self.known, |(known, _)| compare(*known, tid, Compared::Tables))? {
+            Ok(at) => Ok((self.known[at].1, false)),
+            Err(at) => {
+                let number = self.known.len();
+                self.known.insert(at, (tid, number));
+                Ok((number, true))
+            }
+        }
+    }
+}
+
+/// A thread that does not share what threads of a process share, and what that is.
+pub(super) fn unshared(process: &Process) -> io::Result<Option<(pid_t, &'static str)>> {
+    let tid = process.threads.first().map_or(process.pid, |thread| thread.tid);
+    for thread in process.threads.iter().skip(1) {
+        for (what, name) in [(Compared::Tables, "a descriptor table"), (Compared::Places, "a working directory")] {
+            if compare(tid, thread.tid, what)? != Ordering::Equal {
+                return Ok(Some((thread.tid, name)));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// Where in a sorted list something is, or where it belongs.
+pub(super) fn search<T>(
+    sorted: &[T],
+    mut compare: impl FnMut(&T) -> io::Result<Ordering>,
+) -> io::Result<Result<usize, usize>> {
+    let (mut low, mut high) = (0, sorted.len());
+    while low < high {
+        let middle = usize::midpoint(low, high);
+        match compare(&sorted[middle])? {
+            Ordering::Equal => return Ok(Ok(middle)),
+            Ordering::Less => low = middle + 1,
+            Ordering::Greater => high = middle,
+        }
+    }
+    Ok(Err(low))
 }
 
 /// The names of directory entries (`struct linux_dirent64`).

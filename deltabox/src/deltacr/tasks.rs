@@ -4,8 +4,11 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use libc::pid_t;
+
+use super::moment::Identity;
 
 /// The fields of `/proc/PID/task/TID/stat` that matter here. Signal sets hold signals 1 to 31, bit `n - 1`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +23,8 @@ pub(super) struct Stat {
     pub(super) caught: u64,
     /// Threads of its process, ended ones that are not reaped too.
     pub(super) n_threads: u32,
+    /// What its parent is sent at its end; -1 for what is no leader.
+    pub(super) exit_signal: i32,
     /// The CPU it ran on last.
     pub(super) cpu: usize,
 }
@@ -39,6 +44,7 @@ fn parse_stat(text: &str) -> Option<Stat> {
         ignored: field(33)?.parse().ok()?,
         caught: field(34)?.parse().ok()?,
         n_threads: field(20)?.parse().ok()?,
+        exit_signal: field(38)?.parse().ok()?,
         cpu: field(39)?.parse().ok()?,
     })
 }
@@ -71,6 +77,82 @@ pub(super) fn reread_stat(stat: &File) -> io::Result<Option<Stat>> {
     let Some(len_bytes) = none_if_gone(stat.read_at(&mut bytes, 0))? else { return Ok(None) };
     let text = String::from_utf8_lossy(&bytes[..len_bytes]);
     parse_stat(&text).map(Some).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not a stat line"))
+}
+
+/// How long a process that was killed may take to end (chosen: it needs a CPU and microseconds).
+const END_PATIENCE: Duration = Duration::from_millis(100);
+
+/// Whether a process has been killed, which is why something about it failed: waits for its end if it is about to.
+pub(super) fn is_over(pid: pid_t) -> bool {
+    let has_ended = || {
+        read_stat(pid, pid).is_ok_and(|stat| stat.is_none_or(|stat| matches!(stat.state, 'Z' | 'X')))
+            && scan_threads(pid).is_ok_and(|threads| threads.len() <= 1)
+    };
+    let end = Instant::now() + END_PATIENCE;
+    while !has_ended() {
+        if Instant::now() >= end {
+            return false;
+        }
+        std::thread::yield_now();
+    }
+    true
+}
+
+/// How many PID namespaces a process's own lies below the one that `/proc` shows.
+pub(super) fn pid_depth(pid: pid_t) -> io::Result<usize> {
+    let text = fs::read(format!("/proc/{pid}/status"))?;
+    let text = String::from_utf8_lossy(&text);
+    let line = text.lines().find_map(|line| line.strip_prefix("NSpid:")).ok_or(io::ErrorKind::InvalidData)?;
+    Ok(line.split_ascii_whitespace().count().saturating_sub(1))
+}
+
+/// A process's number in its own PID namespace.
+pub(super) fn pid_inside(pid: pid_t) -> io::Result<pid_t> {
+    let text = fs::read(format!("/proc/{pid}/status"))?;
+    let text = String::from_utf8_lossy(&text);
+    let own = text.lines().find_map(|line| line.strip_prefix("NSpid:")?.split_ascii_whitespace().last()?.parse().ok());
+    own.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// A process and its parent, by their numbers inside.
+pub(super) fn read_identity(host: pid_t) -> io::Result<Identity> {
+    let text = fs::read(format!("/proc/{host}/stat"))?;
+    let text = String::from_utf8_lossy(&text);
+    let fields: Vec<&str> = text[text.rfind(')').map_or(0, |at| at + 1)..].split_ascii_whitespace().collect();
+    // Numbers of proc_pid_stat(5); the third is the first here.
+    let field = |number: usize| fields.get(number - 3).copied().ok_or(io::ErrorKind::InvalidData);
+    let invalid = |_| io::ErrorKind::InvalidData;
+    let parent: pid_t = field(4)?.parse().map_err(invalid)?;
+    let start = field(22)?.parse().map_err(invalid)?;
+    // A parent in another namespace has no number here.
+    let parent = if parent == 0 { 0 } else { pid_inside(parent)? };
+    Ok(Identity { inside: pid_inside(host)?, parent, host, start })
+}
+
+/// A child of a process.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Child {
+    /// In its own PID namespace.
+    pub(super) inside: pid_t,
+    /// It has ended and nobody has asked for its status.
+    pub(super) is_zombie: bool,
+}
+
+/// The children of all threads of a process.
+pub(super) fn scan_children(pid: pid_t) -> io::Result<Vec<Child>> {
+    let mut children = Vec::new();
+    for tid in scan_threads(pid)? {
+        let Some(text) = none_if_gone(fs::read_to_string(format!("/proc/{pid}/task/{tid}/children")))? else {
+            continue;
+        };
+        for child in text.split_ascii_whitespace().filter_map(|number| number.parse::<pid_t>().ok()) {
+            let Some(stat) = read_stat(child, child)? else { continue };
+            if let Some(inside) = none_if_gone(pid_inside(child))? {
+                children.push(Child { inside, is_zombie: stat.state == 'Z' });
+            }
+        }
+    }
+    Ok(children)
 }
 
 /// Who traces a thread, 0 for nobody.
@@ -179,7 +261,8 @@ mod tests {
 
     #[test]
     fn a_stat_line_with_brackets_in_the_name_is_read() {
-        let expected = Stat { state: 'S', pending: 4, ignored: 4096, caught: 65536, n_threads: 3, cpu: 1 };
+        let expected =
+            Stat { state: 'S', pending: 4, ignored: 4096, caught: 65536, n_threads: 3, exit_signal: 17, cpu: 1 };
         assert_eq!(parse_stat(LINE), Some(expected));
     }
 

@@ -135,6 +135,8 @@ pub struct CheckpointReport {
     pub n_threads: usize,
     /// Open file descriptions that were moved.
     pub n_descriptions: usize,
+    /// Memory of its processes that is theirs, not of files, bytes; 0 without processes.
+    pub memory_bytes: u64,
 }
 
 /// What `rollback` takes.
@@ -164,6 +166,17 @@ pub struct RollbackReport {
     pub n_threads: usize,
     /// Open file descriptions that were moved.
     pub n_descriptions: usize,
+    /// What became of each process of the checkpoint; empty for a rollback of files alone.
+    pub processes: Vec<BackReport>,
+}
+
+/// A process that has come back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct BackReport {
+    /// Its PID inside.
+    pub pid: i32,
+    /// `in place`: it lived, and what had changed in it was put back.
+    pub how: String,
 }
 
 /// The checkpoints of a sandbox.
@@ -189,6 +202,8 @@ pub struct TreeNode {
     pub own_bytes: u64,
     /// Bytes on disk of its layers that others need too.
     pub shared_bytes: u64,
+    /// Whether templates of its processes are in memory: how a rollback would have them back.
+    pub in_memory: bool,
     /// Which layer of its stack is not whole, and why: no rollback to it then.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub damage: Option<String>,

@@ -114,7 +114,8 @@ pub(super) fn register(engine: &Engine, manifest: Manifest, tree: Tree, life: Op
     };
     let (live, next, tops) = (manifest.live, manifest.next, tops(&manifest, &tree));
     let held = mounted_over(engine, &manifest);
-    let shown = Shown { report, execs: Vec::new(), tree: Arc::new(tree.clone()), live, next, tops, held };
+    let (execs, in_memory) = Default::default();
+    let shown = Shown { report, execs, tree: Arc::new(tree.clone()), in_memory, live, next, tops, held };
     let shown = Arc::new(Mutex::new(shown));
     let image = match &manifest.spec.base {
         BaseRef::Image { name } => Some(name.clone()),

@@ -35,8 +35,9 @@ use super::logs::Logs;
 use super::manifest::Manifest;
 use super::store::SandboxDir;
 use super::switch::Standing;
-use super::tree::Tree;
+use super::tree::{CheckpointId, Tree};
 use super::{Engine, Error, ready};
+use crate::deltacr::moment::Moment;
 use crate::deltacr::stop::Tracer;
 use crate::deltafs::layer::{LayerId, LiveLayer, Record};
 use crate::latency::{Book, Phase, Span};
@@ -108,6 +109,8 @@ pub(super) struct Shown {
     pub(super) report: SandboxReport,
     pub(super) execs: Vec<ExecReport>,
     pub(super) tree: Arc<Tree>,
+    /// Checkpoints whose processes' templates are there.
+    pub(super) in_memory: BTreeSet<CheckpointId>,
     pub(super) live: LayerId,
     pub(super) next: Option<LayerId>,
     /// Layers that it needs, with all below them.
@@ -169,6 +172,8 @@ pub(super) struct Driver {
     merging: Merging,
     /// Directories that its programs keep open.
     standing: Standing,
+    /// The processes of its checkpoints, those whose templates are there.
+    moments: BTreeMap<CheckpointId, Moment>,
     /// Why its processes are on different roots.
     torn: Option<String>,
     tracer: Tracer,
@@ -205,6 +210,7 @@ impl Driver {
             footing: None,
             merging: Merging::default(),
             standing: Standing::default(),
+            moments: BTreeMap::new(),
             torn: None,
             tracer: Tracer::new(),
             manifest,
@@ -337,6 +343,8 @@ impl Driver {
             }
         }
         self.alarms.clear();
+        // Their templates were in the sandbox's cgroup.
+        self.moments.clear();
         let mut shown = self.lock_shown();
         if shown.report.state == SandboxState::Running {
             shown.report.state = SandboxState::Dead { reason: reason.to_owned() };
@@ -447,6 +455,9 @@ impl Driver {
         let execs = self.commands.values().map(Command::report).collect();
         let mut shown = self.lock_shown();
         shown.execs = execs;
+        if !shown.in_memory.iter().eq(self.moments.keys()) {
+            shown.in_memory = self.moments.keys().copied().collect();
+        }
         if shown.report.epoch == self.manifest.epoch
             && (shown.live, shown.next) == (self.manifest.live, self.manifest.next)
             && Arc::ptr_eq(&shown.tree, &self.tree)

@@ -65,6 +65,16 @@ pub enum Error {
         /// What happened.
         why: String,
     },
+    /// Half way back to a checkpoint the machine failed: the files are the checkpoint's, and no process is left.
+    #[error("sandbox `{id}` has the files of {checkpoint}, and lost its processes on the way back: {why}")]
+    Lost {
+        /// The sandbox.
+        id: SandboxId,
+        /// Where it was to go.
+        checkpoint: String,
+        /// What happened.
+        why: String,
+    },
     /// A layer that is needed is not whole. The sandbox is as before.
     #[error(transparent)]
     Layer(#[from] StackError),
@@ -160,6 +170,7 @@ impl Error {
             | Self::Create { .. }
             | Self::Cgroup(_)
             | Self::Torn { .. }
+            | Self::Lost { .. }
             | Self::Layer(_)
             | Self::Switch { .. }
             | Self::ShuttingDown => Kind::Failed,
@@ -174,6 +185,7 @@ impl Error {
             Self::NoExec { .. } => "no_exec",
             Self::NoCheckpoint { .. } => "no_checkpoint",
             Self::Torn { .. } => "torn",
+            Self::Lost { .. } => "lost",
             Self::Layer(_) => "damaged_layer",
             Self::Switch { .. } => "switch_failed",
             Self::NoBase { .. } => "no_image",
@@ -199,6 +211,7 @@ impl Error {
                 "its checkpoints are whole; a daemon that is started again tries to mend it, `deltabox rm` ends it"
                     .to_owned()
             }
+            Self::Lost { .. } => "its checkpoints are whole; roll back to one, or kill it".to_owned(),
             Self::NoBase { .. } => "`deltabox image ls` shows the images".to_owned(),
             Self::Exists { what, .. } => format!("choose another name, or remove that {what} first"),
             Self::Dead { .. } => "its files are still there; `deltabox rm` removes it".to_owned(),

@@ -130,9 +130,9 @@ impl Engine {
     /// The checkpoints of a sandbox. Looks at every layer, and walks those that were not walked before.
     pub fn tree(&self, id: &SandboxId) -> Result<TreeReport, Error> {
         let shown = self.shown(id)?;
-        let (tree, head, live) = {
+        let (tree, in_memory, head, live) = {
             let shown = lock(&shown);
-            (Arc::clone(&shown.tree), shown.report.head.clone(), shown.live)
+            (Arc::clone(&shown.tree), shown.in_memory.clone(), shown.report.head.clone(), shown.live)
         };
         let layers = &self.0.layers;
         let mut others = self.needed(Some(id));
@@ -151,7 +151,8 @@ impl Engine {
                 *(if is_own { &mut own_bytes } else { &mut shared_bytes }) += bytes;
             }
             let (checkpoint, n_layers) = (one.report(id), stack.layers.len());
-            TreeNode { checkpoint, n_layers, own_bytes, shared_bytes, damage: stack.damage }
+            let in_memory = in_memory.contains(&one.id);
+            TreeNode { checkpoint, n_layers, own_bytes, shared_bytes, in_memory, damage: stack.damage }
         };
         Ok(TreeReport { sandbox: id.clone(), head, checkpoints: tree.iter().zip(stacks).map(node).collect() })
     }

@@ -25,10 +25,10 @@ mod tree;
 mod worker;
 
 pub use api::{
-    Attachment, BaseReport, CheckpointReport, CheckpointRequest, CreateRequest, DiffReport, DiffRequest, DiskReport,
-    ExecReport, ExecRequest, Exit, GcReport, LogReport, OnDisconnect, PhaseTime, ProcessReport, Reply, RollbackReport,
-    RollbackRequest, SandboxReport, SandboxState, StdinEnd, StdinHold, Stdio, Streams, TreeNode, TreeReport,
-    WindowSize,
+    Attachment, BackReport, BaseReport, CheckpointReport, CheckpointRequest, CreateRequest, DiffReport, DiffRequest,
+    DiskReport, ExecReport, ExecRequest, Exit, GcReport, LogReport, OnDisconnect, PhaseTime, ProcessReport, Reply,
+    RollbackReport, RollbackRequest, SandboxReport, SandboxState, StdinEnd, StdinHold, Stdio, Streams, TreeNode,
+    TreeReport, WindowSize,
 };
 pub use error::{Error, Kind};
 

@@ -12,10 +12,11 @@ use deltabox_common::init::ToInit;
 use super::create::{drive_to_the_end, register};
 use super::driver::{Life, Mail};
 use super::manifest::Manifest;
-use super::store::{DAMAGED, REMOVING};
+use super::store::{DAMAGED, REMOVING, SandboxDir};
 use super::switch::{Purpose, finish};
 use super::tree::Tree;
 use super::{Engine, Error};
+use crate::deltacr::moment;
 use crate::deltafs::layer::{LayerId, Record};
 use crate::deltafs::remove::remove_tree;
 use crate::sandbox::cgroup::{self, Cgroups};
@@ -101,6 +102,9 @@ fn take_up(engine: &Engine, mut manifest: Manifest) -> Result<(), Error> {
             None
         }
     };
+    // What is known of them was the last engine's.
+    let forgotten = forget_moments(&manifest, &dir);
+    log_failure(id.as_str(), "remove the templates of its last engine", forgotten);
     let settled = settle(engine, &mut manifest, &tree, life.as_ref());
     let io = |source| Error::Io { op: "recover", path: listener.clone(), source };
     let mail = Arc::new(Mail::new().map_err(|errno| io(errno.into()))?);
@@ -115,6 +119,23 @@ fn take_up(engine: &Engine, mut manifest: Manifest) -> Result<(), Error> {
         drive_to_the_end(&engine, &name, driver);
     };
     std::thread::Builder::new().name(format!("sb-{id}")).spawn(drive).map(drop).map_err(io)
+}
+
+/// Removes templates, and copies of shared memory, that nobody knows what to do with any more.
+fn forget_moments(manifest: &Manifest, dir: &SandboxDir) -> Result<(), Error> {
+    let group = &manifest.cgroups.unified;
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| Error::Io { op: "clean up", path, source }
+    };
+    let removed = moment::remove_templates(group, "t").map_err(|error| failed(group)(io::Error::other(error)));
+    let checkpoints = dir.checkpoints();
+    for entry in fs::read_dir(&checkpoints).map_err(failed(&checkpoints))?.flatten() {
+        if entry.path().extension().is_some_and(|extension| extension == "memory") {
+            fs::remove_file(entry.path()).map_err(failed(&entry.path()))?;
+        }
+    }
+    removed
 }
 
 /// Finishes a switch that the last engine was in the middle of: which layer is the live one, and everybody on it. After

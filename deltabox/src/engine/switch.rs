@@ -1,10 +1,18 @@
 //! The switch: a running sandbox from one root to another, with all its processes.
 //!
 //! ```text
-//! stop -> next root? -> plan -> open -> pivot -> rebase -> seal -> resume
-//!             | unchanged         |        |        |        |
-//!             v                   v        v        v        v  something can still write to the old root
-//!           resume              resume   resume   back by the same way: plan, open, pivot, rebase; resume
+//! stop -> next root? -> plan -> [take] -> open -> pivot -> rebase -> seal -> resume
+//!             | unchanged                   |        |        |        |
+//!             v                             v        v        v        v  something can still write to the old root
+//!       [take] resume                     resume   resume   back by the same way: plan, open, pivot, rebase; resume
+//! ```
+//! With processes, a checkpoint takes their moment on the way, and a rollback comes back to one:
+//!
+//! ```text
+//! stop -> next root -> prepare -> pivot -> end who is new -> restore, on the next root -> mappings of files -> resume
+//!                         |         |             |            |                            |
+//!                         v         v             `------------+----------------------------'
+//!                       resume   resume           a failure: files are the target's, and no process is left
 //! ```
 
 mod walks;
@@ -15,8 +23,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use libc::pid_t;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::deltacr::StopError;
+use crate::deltacr::moment::{self, Draft, How, Moment, MomentError, Return};
 use crate::deltacr::rebase::{Ahead, Missing, Opened, Plan, RebaseError};
 use crate::deltacr::stop::{Request, Stopped, Tracer, while_stopped};
 use crate::latency::{Phase, Span};
@@ -42,6 +53,44 @@ pub(super) enum Purpose {
     Freeze,
     /// It is thrown away.
     Discard,
+}
+
+/// What a sandbox is moved for.
+#[derive(Debug)]
+pub(super) struct Errand<'a> {
+    pub(super) purpose: Purpose,
+    pub(super) processes: Processes<'a>,
+}
+
+/// What is done with the processes besides.
+#[derive(Debug)]
+pub(super) enum Processes<'a> {
+    /// They go on as they are.
+    Kept,
+    /// Their moment is taken: into `draft`.
+    Taken { ground: TakingGround<'a>, draft: &'a mut Option<Draft> },
+    /// They come back to a moment; what became of each goes to `back`. If that fails half way none is left, and `lost`
+    /// says why.
+    Returned { moment: &'a Moment, back: &'a mut Vec<Back>, lost: &'a mut Option<String> },
+}
+
+/// What taking a moment needs to know.
+#[derive(Debug)]
+pub(super) struct TakingGround<'a> {
+    /// The cgroup above that of the processes.
+    pub(super) group: &'a Path,
+    /// With what the names of the templates' cgroups begin.
+    pub(super) prefix: &'a str,
+    /// Where to put the content of shared memory.
+    pub(super) memory: &'a Path,
+}
+
+/// A process that has come back.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Back {
+    /// Its PID inside.
+    pub(super) inside: pid_t,
+    pub(super) how: How,
 }
 
 /// What was done. The programs run.
@@ -97,7 +146,7 @@ pub(super) enum SwitchError {
 pub(super) fn switch(
     tracer: &mut Tracer,
     ground: &Ground<'_>,
-    purpose: Purpose,
+    Errand { purpose, mut processes }: Errand<'_>,
     mut walks: Walks<'_>,
     ready: Option<OwnedFd>,
     mut next: impl FnMut() -> io::Result<Option<OwnedFd>> + Send,
@@ -123,8 +172,17 @@ pub(super) fn switch(
         let attempt = tracer.while_stopped(request, |stopped| {
             span.end_of_at(Phase::Arm, stopped.begun());
             span.end_of(Phase::Stop);
-            let what = Move { namespace: &namespace, from: &from, purpose, ahead: std::mem::take(&mut ahead) };
-            let moved = move_all(stopped, what, &mut walks, &mut next, span);
+            let init = ground.init;
+            let what = Move { namespace: &namespace, from: &from, init, purpose, ahead: std::mem::take(&mut ahead) };
+            let moved = match &mut processes {
+                Processes::Returned { moment, back, lost } => {
+                    return_all(stopped, &what, moment, (back, lost), &mut next, span)
+                }
+                Processes::Kept => move_all(stopped, what, None, &mut walks, &mut next, span),
+                Processes::Taken { ground, draft } => {
+                    move_all(stopped, what, Some((ground, draft)), &mut walks, &mut next, span)
+                }
+            };
             stopped.resume();
             span.end_of(Phase::Resume);
             moved
@@ -169,6 +227,7 @@ struct Done {
 struct Move<'a> {
     namespace: &'a Namespace,
     from: &'a Root,
+    init: pid_t,
     purpose: Purpose,
     ahead: Ahead,
 }
@@ -176,7 +235,8 @@ struct Move<'a> {
 /// The part during which the programs stand still.
 fn move_all(
     stopped: &mut Stopped,
-    Move { namespace, from, purpose, ahead }: Move<'_>,
+    Move { namespace, from, init, purpose, ahead }: Move<'_>,
+    mut taken: Option<(&mut TakingGround<'_>, &mut &mut Option<Draft>)>,
     walks: &mut Walks<'_>,
     next: &mut impl FnMut() -> io::Result<Option<OwnedFd>>,
     clock: &mut Span,
@@ -186,7 +246,19 @@ fn move_all(
         move |source| SwitchError::Failed { what, source }
     };
     let (n_processes, n_threads) = (stopped.processes().len(), stopped.n_threads());
+    let mut take = |stopped: &mut Stopped, clock: &mut Span| -> Result<(), SwitchError> {
+        let Some((ground, draft)) = &mut taken else { return Ok(()) };
+        let TakingGround { group, prefix, memory } = ground;
+        let ground = moment::Ground { root: from, init, group, prefix, memory };
+        // An earlier attempt may have got further.
+        if let Some(old) = draft.replace(Draft::take(stopped, &ground, Ahead::default())?) {
+            old.discard();
+        }
+        clock.end_of(Phase::Take);
+        Ok(())
+    };
     let Some(mount) = next().map_err(failed("make the next root"))? else {
+        take(stopped, clock)?;
         return Ok(Done { n_processes, n_threads, n_descriptions: None, given: None });
     };
     let to = Root::new(mount).map_err(failed("make the next root"))?;
@@ -203,6 +275,7 @@ fn move_all(
             passing: true,
         });
     }
+    take(stopped, clock)?;
     let mut opened = plan.open(&to, missing)?;
     clock.end_of(Phase::Open);
     let n_descriptions = Some(opened.n_descriptions());
@@ -216,6 +289,57 @@ fn move_all(
         Ok(()) => Ok(Done { n_processes, n_threads, n_descriptions, given: Some((opened, to)) }),
         Err(error) => Err(go_back(stopped, namespace, &to, from, error)),
     }
+}
+
+/// The same for processes that come back to a moment, while they stand still.
+fn return_all(
+    stopped: &mut Stopped,
+    what: &Move<'_>,
+    moment: &Moment,
+    (back, lost): (&mut Vec<Back>, &mut Option<String>),
+    next: &mut impl FnMut() -> io::Result<Option<OwnedFd>>,
+    clock: &mut Span,
+) -> Result<Done, SwitchError> {
+    let failed = |what: &str| {
+        let what = what.to_owned();
+        move |source| SwitchError::Failed { what, source }
+    };
+    let Move { namespace, from, init, .. } = *what;
+    let mount = next().map_err(failed("make the next root"))?;
+    let to = mount.ok_or_else(|| failed("make the next root")(io::ErrorKind::NotFound.into()))?;
+    let to = Root::new(to).map_err(failed("make the next root"))?;
+    let mut way = Return::prepare(stopped, moment, &to, init)?;
+    clock.end_of(Phase::Prepare);
+    namespace.pivot(from, &to).map_err(failed("pivot"))?;
+    clock.end_of(Phase::Pivot);
+    // From here on there is no way but on.
+    let mut go = || -> Result<Opened, SwitchError> {
+        way.end(stopped)?;
+        clock.end_of(Phase::Kill);
+        way.restore(stopped, from.dev(), &to)?;
+        clock.end_of(Phase::Restore);
+        let mut opened = Plan::of_mappings(stopped, from, &way.staying())?.open(&to, Missing::Left)?;
+        opened.commit(stopped, namespace)?;
+        clock.end_of(Phase::Rebase);
+        Ok(opened)
+    };
+    let went = go();
+    back.clear();
+    back.extend(way.plan().back.iter().map(|(identity, how)| Back { inside: identity.inside, how: *how }));
+    let (n_processes, n_threads) = (stopped.processes().len(), stopped.n_threads());
+    let n_descriptions = Some(moment.held().n_descriptions());
+    let given = match went {
+        Ok(opened) => Some((opened, to)),
+        Err(error) => {
+            // Half of the one state and half of the other must not run.
+            for process in stopped.processes() {
+                let _ = kill(Pid::from_raw(process.pid), Signal::SIGKILL);
+            }
+            *lost = Some(error.to_string());
+            None
+        }
+    };
+    Ok(Done { n_processes, n_threads, n_descriptions, given })
 }
 
 /// Finishes, or undoes, what an engine that died in the middle of a switch has left: all processes are on init's root
@@ -283,6 +407,18 @@ impl From<StopError> for SwitchError {
                 passing: false,
             },
             other => Self::Failed { what: "stop its processes".to_owned(), source: io::Error::other(other) },
+        }
+    }
+}
+
+impl From<MomentError> for SwitchError {
+    fn from(error: MomentError) -> Self {
+        let hint = "its programs run on; close that, or end the process".to_owned();
+        match error {
+            error if error.is_refusal() => Self::Refused { why: error.to_string(), hint, passing: false },
+            other => {
+                Self::Failed { what: "take or bring back its processes".to_owned(), source: io::Error::other(other) }
+            }
         }
     }
 }

@@ -81,6 +81,9 @@ pub(super) struct Checkpoint {
     pub(super) n_processes: usize,
     pub(super) n_threads: usize,
     pub(super) n_descriptions: usize,
+    /// Memory of the processes that is theirs, not of files; 0 without processes.
+    #[serde(default)]
+    pub(super) memory_bytes: u64,
 }
 
 /// What was measured.
@@ -92,6 +95,7 @@ pub(super) struct Measured {
     pub(super) n_processes: usize,
     pub(super) n_threads: usize,
     pub(super) n_descriptions: usize,
+    pub(super) memory_bytes: u64,
 }
 
 impl Checkpoint {
@@ -107,7 +111,8 @@ impl Checkpoint {
         fs_frozen: bool,
         durable: bool,
     ) -> Self {
-        let Measured { stopped_us, total_us, phases_us, n_processes, n_threads, n_descriptions } = Measured::default();
+        let Measured { stopped_us, total_us, phases_us, n_processes, n_threads, n_descriptions, memory_bytes } =
+            Measured::default();
         Self {
             version: VERSION,
             id,
@@ -126,6 +131,7 @@ impl Checkpoint {
             n_processes,
             n_threads,
             n_descriptions,
+            memory_bytes,
         }
     }
 
@@ -136,6 +142,7 @@ impl Checkpoint {
         self.n_processes = measured.n_processes;
         self.n_threads = measured.n_threads;
         self.n_descriptions = measured.n_descriptions;
+        self.memory_bytes = measured.memory_bytes;
     }
 
     pub(super) fn report(&self, sandbox: &SandboxId) -> CheckpointReport {
@@ -155,6 +162,7 @@ impl Checkpoint {
             n_processes: self.n_processes,
             n_threads: self.n_threads,
             n_descriptions: self.n_descriptions,
+            memory_bytes: self.memory_bytes,
         }
     }
 }

@@ -51,16 +51,24 @@ pub enum Phase {
     Stop,
     /// What leads to the old root is found: descriptors, directories, mappings, locks.
     Plan,
+    /// Processes are taken: registers, descriptors, a template of each.
+    Take,
     /// It is opened on the next root.
     Open,
+    /// The way back is planned, and everything opened that it takes.
+    Prepare,
     /// The next root takes the old one's place.
     Pivot,
     /// Processes are given what was opened.
     Rebase,
+    /// Processes get back what they had: memory, threads, signals, descriptors.
+    Restore,
     /// The old root turns read-only.
     Seal,
     /// All threads are let go.
     Resume,
+    /// What templates tell of their processes is read, while those run again.
+    Describe,
     /// Written to disk (`--durable`).
     Sync,
     /// What layers hold is copied into one.
@@ -99,11 +107,15 @@ impl Phase {
             Self::Arm => "arm",
             Self::Stop => "stop",
             Self::Plan => "plan",
+            Self::Take => "take",
             Self::Open => "open",
+            Self::Prepare => "prepare",
             Self::Pivot => "pivot",
             Self::Rebase => "rebase",
+            Self::Restore => "restore",
             Self::Seal => "seal",
             Self::Resume => "resume",
+            Self::Describe => "describe",
             Self::Sync => "sync",
             Self::Copy => "copy",
         }
@@ -177,9 +189,9 @@ impl Span {
 
     /// How long the programs stood still: the phases from [`Phase::Stop`] to [`Phase::Resume`].
     pub fn stopped(&self) -> Duration {
-        use Phase::{Open, Pivot, Plan, Rebase, Resume, Seal, Stop};
-        let still = |phase: &Phase| matches!(phase, Stop | Plan | Open | Pivot | Rebase | Seal | Resume);
-        self.phases().iter().filter(|(phase, _)| still(phase)).map(|(_, took)| *took).sum()
+        let at = |phase| self.phases().iter().position(|(one, _)| *one == phase);
+        let (Some(first), Some(last)) = (at(Phase::Stop), at(Phase::Resume)) else { return Duration::ZERO };
+        self.phases().get(first..=last).unwrap_or_default().iter().map(|(_, took)| *took).sum()
     }
 
     /// From the beginning to the end of the last phase.

@@ -17,6 +17,7 @@ pub mod owner;
 pub mod process;
 pub mod ptrace;
 pub mod reconfigure;
+pub mod schedule;
 pub mod seccomp;
 pub mod socket;
 pub mod stat;

@@ -390,3 +390,30 @@ pub fn start_in_new_session(command: &mut std::process::Command) {
     // (`last_os_error` only reads errno).
     unsafe { command.pre_exec(setsid) };
 }
+
+/// Does something while the calling thread has no effective CAP_SYS_RESOURCE.
+///
+/// # Errors
+/// That of `work`, or of laying the capability down or taking it up again.
+pub fn without_sys_resource<R>(work: impl FnOnce() -> io::Result<R>) -> io::Result<R> {
+    /// From the kernel (include/uapi/linux/capability.h); effective, permitted, inheritable of two halves.
+    const VERSION_3: u32 = 0x2008_0522;
+    const CAP_SYS_RESOURCE: u32 = 1 << 24;
+    let header = [VERSION_3, 0];
+    let mut sets = [0_u32; 6];
+    // SAFETY: the header is the kernel's; of this version it writes two structures of three words.
+    check(unsafe { libc::syscall(libc::SYS_capget, header.as_ptr(), sets.as_mut_ptr()) })?;
+    if sets[0] & CAP_SYS_RESOURCE == 0 {
+        return work();
+    }
+    let set = |sets: [u32; 6]| {
+        // SAFETY: as above; the kernel reads two structures.
+        check(unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) })
+    };
+    let mut without = sets;
+    without[0] &= !CAP_SYS_RESOURCE;
+    set(without)?;
+    let done = work();
+    set(sets)?;
+    done
+}

@@ -111,7 +111,8 @@ pub fn set_modes(fd: BorrowedFd<'_>, modes: &Modes) -> io::Result<()> {
 pub enum Ask {
     /// Which of the pairs it is (of a master).
     Index,
-    /// The kernel's number of its device, of a pair the slave's, as stat(2) encodes it (on either side).
+    /// Its device, of a pair the slave's (on either side), in the kernel's encoding (new_encode_dev of
+    /// include/linux/kdev_t.h).
     Device,
     /// Whether the slave may not be opened (of a master).
     Locked,
@@ -213,7 +214,15 @@ pub fn order(fd: BorrowedFd<'_>, what: Order) -> io::Result<()> {
 }
 
 /// Opens the slave of a master, whatever namespace it belongs to. `flags` are those of open(2).
+///
+/// TIOCGPTPEER leaves O_CLOEXEC in the description's own flags (Linux 6.18, ptm_open_peer), and fdinfo then shows it for
+/// every descriptor of it, so it is set afterwards.
 pub fn open_slave(master: BorrowedFd<'_>, flags: i32) -> io::Result<OwnedFd> {
+    let open = flags & !libc::O_CLOEXEC;
     // SAFETY: TIOCGPTPEER takes flags by value and returns a descriptor.
-    check_fd(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) }.into())
+    let slave = check_fd(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, open) }.into())?;
+    if flags & libc::O_CLOEXEC != 0 {
+        nix::fcntl::fcntl(&slave, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
+    }
+    Ok(slave)
 }

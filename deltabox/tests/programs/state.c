@@ -1,6 +1,8 @@
 // What a process is apart from memory and descriptors, in a known state. state KIND[,KIND...]: reads one byte to begin,
 // prints "ready". Then letters: 'm' changes everything, 'c' says "ok" if all is as at the beginning, 'q' ends.
+// SANDBOX=1: as in a sandbox.
 #define _GNU_SOURCE
+#include "sandbox.h"
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
@@ -26,11 +28,6 @@ static int has(const char *kind) {
     size_t n = strlen(kind);
     return at && (at == kinds || at[-1] == ',') && (at[n] == 0 || at[n] == ',');
 }
-static void say(const char *word, const char *what) {
-    if (what) printf("%s %s: %s\n", word, what, strerror(errno)); else printf("%s\n", word);
-    fflush(stdout);
-}
-static void die(const char *what) { say("bad", what); _exit(1); }
 static void first(int s) { (void)s; }
 static void second(int s, siginfo_t *i, void *c) { (void)s; (void)i; (void)c; }
 static sigset_t waiting(void) {
@@ -175,6 +172,7 @@ static const char *compare(void) {
 int main(int argc, char **argv) {
     kinds = argc > 1 ? argv[1] : "";
     if (read(0, &letter, 1) != 1) return 1;
+    if (getenv("SANDBOX")) enter_sandbox();
     pthread_barrier_init(&together, NULL, N_THREADS);
     begin();
     for (int k = 1; k < N_THREADS; k++) if (pthread_create(&threads[k], NULL, work, (void *)(intptr_t)k)) die("pthread_create");

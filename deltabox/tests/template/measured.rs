@@ -88,7 +88,7 @@ fn restored(mut subject: Subject, name: &str, n: usize) {
     let memory = outline.complete(&template).expect("a description");
     let source = Source::of(&template).expect("pages");
     for advice_is_unchanged in [false, true] {
-        let past = Past { memory: &memory, source: &source, threads: &threads, advice_is_unchanged };
+        let past = Past { memory: &memory, source: &source, threads: &threads, advice_is_unchanged, files: None };
         let mut reports = Vec::new();
         let mut whole = Vec::new();
         for _ in 0..n {

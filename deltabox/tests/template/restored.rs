@@ -27,7 +27,13 @@ impl Subject {
     fn roll_back(&self, point: &Point) -> Result<Report, TemplateError> {
         let source = Source::of(&point.template).expect("pages");
         let pid = self.0.pid();
-        let past = Past { memory: &point.memory, source: &source, threads: &point.threads, advice_is_unchanged: false };
+        let past = Past {
+            memory: &point.memory,
+            source: &source,
+            threads: &point.threads,
+            advice_is_unchanged: false,
+            files: None,
+        };
         self.0.group.stopped(|stopped| {
             let report = restore_in_place(stopped, pid, &past);
             if report.is_ok() {

@@ -96,6 +96,12 @@ const REQUIREMENTS: &[Requirement] = &[
         check: |_| probe::run("/usr/bin/python3", &["-c", "import ctypes, json, mmap, socket, sqlite3"]),
         remedy: Remedy::Package { apt: "python3", dnf: "python3", pacman: "python" },
     },
+    // The demo's project comes from a package index.
+    Requirement {
+        name: "pip for python3 in /usr/bin",
+        check: |_| probe::run("/usr/bin/python3", &["-m", "pip", "--version"]),
+        remedy: Remedy::Package { apt: "python3-pip", dnf: "python3-pip", pacman: "python-pip" },
+    },
     // Stores on every file system they may lie on.
     Requirement {
         name: "mkfs.ext4",

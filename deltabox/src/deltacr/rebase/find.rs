@@ -1,18 +1,15 @@
 //! What of the stopped processes lies on the old mount.
 
-use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::{CStr, CString};
+use std::ffi::CString;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStringExt;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
-use std::time::{Duration, Instant};
 
 use libc::pid_t;
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, readlinkat};
+use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 use super::watcher::Watcher;
@@ -21,16 +18,13 @@ use super::{
 };
 use crate::deltacr::fdinfo::{FdInfo, Lock, Owner, Target};
 use crate::deltacr::stop::{Process, Stopped};
-use crate::deltacr::table::{Ahead, Link, Table};
-use crate::deltacr::tasks::{read_stat, scan_threads};
-use crate::sandbox::root::{LANDING, Root};
+use crate::deltacr::table::{Ahead, Link, Table, Tables, search, unshared};
+use crate::deltacr::tasks::is_over;
+use crate::sandbox::root::Root;
 use crate::sys::maps::next_shared_file;
 use crate::sys::process::{Compared, compare};
-use crate::sys::stat::{Stat, stat, stat_at};
+use crate::sys::stat::{stat, stat_at};
 use crate::sys::unix::name_of;
-
-/// What d_path puts behind the name of a file that has none any more.
-const DELETED: &[u8] = b" (deleted)";
 
 impl Plan {
     /// Looks through all processes, whose root is `root`, for what is on `from`.
@@ -38,11 +32,34 @@ impl Plan {
     /// # Errors
     /// Nothing has been changed.
     pub fn make(stopped: &Stopped, root: &Root, from: &Root, ahead: Ahead) -> Result<Self, RebaseError> {
+        Self::look(stopped, root, from, ahead, None)
+    }
+
+    /// The same for the mappings of the processes in `pids` alone: all else of theirs is replaced in another way.
+    ///
+    /// # Errors
+    /// Nothing has been changed.
+    pub fn of_mappings(stopped: &Stopped, from: &Root, pids: &[pid_t]) -> Result<Self, RebaseError> {
+        Self::look(stopped, from, from, Ahead::default(), Some(pids))
+    }
+
+    fn look(
+        stopped: &Stopped,
+        root: &Root,
+        from: &Root,
+        ahead: Ahead,
+        mappings_of: Option<&[pid_t]>,
+    ) -> Result<Self, RebaseError> {
         let (tables, known, descriptions) = Default::default();
         let mut finder = Finder { root, from, ahead, tables, known, descriptions };
         let mut seats = Vec::new();
         for process in stopped.processes() {
-            let seat = match finder.seat(process) {
+            let seat = match mappings_of {
+                Some(pids) if !pids.contains(&process.pid) => continue,
+                Some(_) => finder.seat_of_mappings(process),
+                None => finder.seat(process),
+            };
+            let seat = match seat {
                 // Killed meanwhile: it has nothing any more.
                 Err(_) if is_over(process.pid) => continue,
                 other => other?,
@@ -91,8 +108,7 @@ struct Finder<'a> {
     root: &'a Root,
     from: &'a Root,
     ahead: Ahead,
-    /// A task of each descriptor table seen, in kcmp's order.
-    tables: Vec<pid_t>,
+    tables: Tables,
     /// Descriptions that look alike, in kcmp's order: only those have to be compared.
     known: BTreeMap<(u64, i32, i64), Vec<Found>>,
     descriptions: Vec<Description>,
@@ -103,21 +119,17 @@ impl Finder<'_> {
         let pid = process.pid;
         let tid = process.threads.first().map_or(pid, |thread| thread.tid);
         let failed = |op| move |source| RebaseError::Process { op, pid, source };
-        for thread in process.threads.iter().skip(1) {
-            for (what, name) in [(Compared::Tables, "a descriptor table"), (Compared::Places, "a working directory")] {
-                if compare(tid, thread.tid, what).map_err(failed("compare threads"))? != Ordering::Equal {
-                    return Err(RebaseRefusal::Unshared { pid, tid: thread.tid, what: name }.into());
-                }
-            }
+        if let Some((tid, what)) = unshared(process).map_err(failed("compare threads"))? {
+            return Err(RebaseRefusal::Unshared { pid, tid, what }.into());
         }
         let (mut table, numbers) = self.ahead.take(pid, tid).map_err(failed("open the descriptors"))?;
         self.check_root(pid, &table)?;
-        let cwd = self.place(table.task(), c"cwd").map_err(failed("find the working directory"))?;
+        let cwd = Place::behind(self.from, table.task(), c"cwd").map_err(failed("find the working directory"))?;
         // pivot_root itself moves those that are the root. One that was removed is as good on the old mount.
         let moves = |place: &Place| !self.from.is(&place.stat) && !place.unlinked;
         let cwd = cwd.filter(moves).map(|place| (place, None));
         let mut held = Held::default();
-        if self.is_new_table(tid).map_err(failed("compare the descriptors"))? {
+        if self.tables.number(tid).map_err(failed("compare the descriptors"))?.1 {
             for number in &numbers {
                 self.look_at(&mut held, (pid, tid, *number), &mut table, cwd.as_ref().map(|(place, _)| place))?;
             }
@@ -127,19 +139,20 @@ impl Finder<'_> {
         Ok(Seat { pid, tid, table, holdings, numbers, locks, epolls, cwd, mappings })
     }
 
+    fn seat_of_mappings(&mut self, process: &Process) -> Result<Seat, RebaseError> {
+        let pid = process.pid;
+        let tid = process.threads.first().map_or(pid, |thread| thread.tid);
+        let failed = |op| move |source| RebaseError::Process { op, pid, source };
+        let (table, numbers) = self.ahead.take(pid, tid).map_err(failed("open the descriptors"))?;
+        let mappings = self.mappings(tid, &table).map_err(failed("find the mappings"))?;
+        let (holdings, locks, epolls) = Default::default();
+        Ok(Seat { pid, tid, table, holdings, numbers, locks, epolls, cwd: None, mappings })
+    }
+
     fn check_root(&self, pid: pid_t, table: &Table) -> Result<(), RebaseError> {
         let failed = |source| RebaseError::Process { op: "find the root", pid, source };
         let own = stat_at(table.task(), c"root").map_err(failed)?;
         if self.root.is(&own) { Ok(()) } else { Err(RebaseRefusal::Root { pid }.into()) }
-    }
-
-    /// Whether no process before has this task's descriptor table.
-    fn is_new_table(&mut self, tid: pid_t) -> io::Result<bool> {
-        let found = search(&self.tables, |known| compare(*known, tid, Compared::Tables))?;
-        if let Err(at) = found {
-            self.tables.insert(at, tid);
-        }
-        Ok(found.is_err())
     }
 
     fn look_at(
@@ -206,14 +219,16 @@ impl Finder<'_> {
                 let why = if matches!(link, Link::TooLong) { Errno::ENAMETOOLONG } else { Errno::ENOENT };
                 return Err(failed("find a file")(why.into()));
             };
-            (self.named(look, path).map_err(failed("find a file"))?, Kind::File)
+            (Place::named(self.from, look, path).map_err(failed("find a file"))?, Kind::File)
         } else if info.watches.is_empty() {
             let Some(name) = name_of(old.as_fd()).map_err(failed("find the name of a socket"))? else {
                 return Ok(None);
             };
             let link = CString::new(format!("/proc/thread-self/fd/{}", name.as_raw_fd()))
                 .map_err(|error| failed("find the name of a socket")(error.into()))?;
-            let Some(place) = self.place(name.as_fd(), &link).map_err(failed("find the name of a socket"))? else {
+            let Some(place) =
+                Place::behind(self.from, name.as_fd(), &link).map_err(failed("find the name of a socket"))?
+            else {
                 return Ok(None);
             };
             let Some(listener) = listener::look(&old, &place, pid, number)? else { return Ok(None) };
@@ -237,40 +252,6 @@ impl Finder<'_> {
         info.watches.iter().any(|watch| watch.dev == self.from.dev())
     }
 
-    /// Where a magic link (absolute, or in `dir`) leads, if that is on the old mount.
-    fn place(&self, dir: BorrowedFd<'_>, link: &CStr) -> io::Result<Option<Place>> {
-        let stat = stat_at(dir, link)?;
-        if stat.mount != self.from.mount() {
-            return Ok(None);
-        }
-        if self.from.is(&stat) {
-            return Ok(Some(Place { path: c"/".into(), stat, unlinked: false }));
-        }
-        let path = readlinkat(dir, link)?.into_vec();
-        self.named(stat, path).map(Some)
-    }
-
-    /// The place of a file of the old mount that d_path calls so.
-    fn named(&self, stat: Stat, mut path: Vec<u8>) -> io::Result<Place> {
-        // Of a root that was left already; nobody else's files have this path.
-        let landing = [b"/", LANDING.to_bytes()].concat();
-        if let Some(rest) = path.strip_prefix(landing.as_slice()).filter(|rest| rest.is_empty() || rest[0] == b'/') {
-            path = if rest.is_empty() { b"/".to_vec() } else { rest.to_vec() };
-        }
-        let unlinked = path.ends_with(DELETED) && !self.is_there(&path, &stat);
-        if unlinked {
-            path.truncate(path.len() - DELETED.len());
-        }
-        Ok(Place { path: CString::new(path)?, stat, unlinked })
-    }
-
-    /// Whether the file has just the name that d_path gave it: a name may end in " (deleted)".
-    fn is_there(&self, path: &[u8], known: &Stat) -> bool {
-        let Ok(path) = CString::new(path) else { return false };
-        let found = self.from.open(&path, OFlag::O_PATH | OFlag::O_NOFOLLOW);
-        found.is_ok_and(|found| stat(found.as_fd()).is_ok_and(|there| there.identity() == known.identity()))
-    }
-
     fn mappings(&self, tid: pid_t, table: &Table) -> io::Result<Vec<Mapping>> {
         let mut mappings = Vec::new();
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
@@ -283,7 +264,7 @@ impl Finder<'_> {
                 continue;
             }
             let link = format!("/proc/{tid}/map_files/{:x}-{:x}", found.start, found.end);
-            let Some(place) = self.place(table.task(), &CString::new(link.as_str())?)? else { continue };
+            let Some(place) = Place::behind(self.from, table.task(), &CString::new(link.as_str())?)? else { continue };
             let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
             let old = nix::fcntl::open(link.as_str(), flags, nix::sys::stat::Mode::empty())?;
             mappings.push(Mapping {
@@ -303,39 +284,6 @@ impl Finder<'_> {
         }
         Ok(mappings)
     }
-}
-
-/// Where in a sorted list something is, or where it belongs.
-fn search<T>(sorted: &[T], mut compare: impl FnMut(&T) -> io::Result<Ordering>) -> io::Result<Result<usize, usize>> {
-    let (mut low, mut high) = (0, sorted.len());
-    while low < high {
-        let middle = usize::midpoint(low, high);
-        match compare(&sorted[middle])? {
-            Ordering::Equal => return Ok(Ok(middle)),
-            Ordering::Less => low = middle + 1,
-            Ordering::Greater => high = middle,
-        }
-    }
-    Ok(Err(low))
-}
-
-/// How long a process that was killed may take to end (chosen: it needs a CPU and microseconds).
-const END_PATIENCE: Duration = Duration::from_millis(100);
-
-/// Whether a process has been killed, which is why something about it failed: waits for its end if it is about to.
-pub(super) fn is_over(pid: pid_t) -> bool {
-    let has_ended = || {
-        read_stat(pid, pid).is_ok_and(|stat| stat.is_none_or(|stat| matches!(stat.state, 'Z' | 'X')))
-            && scan_threads(pid).is_ok_and(|threads| threads.len() <= 1)
-    };
-    let end = Instant::now() + END_PATIENCE;
-    while !has_ended() {
-        if Instant::now() >= end {
-            return false;
-        }
-        std::thread::yield_now();
-    }
-    true
 }
 
 fn has_locked_memory(tid: pid_t) -> io::Result<bool> {

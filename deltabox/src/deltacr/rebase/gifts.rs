@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 
-use super::open::range;
 use super::{Description, Holding, Kind, Seat};
 use crate::deltacr::fdinfo::Target;
 use crate::deltacr::handover::{Gift, LastCall, Use, number, unsigned};
+use crate::deltacr::locks;
 
 /// Whether something in this process is to be replaced.
 pub(super) fn needs_work(seat: &Seat, descriptions: &[Description]) -> bool {
@@ -59,31 +59,12 @@ pub(super) fn last_calls(seat: &Seat, descriptions: &[Description]) -> Vec<LastC
         if !done.insert((description.place.stat.identity(), lock)) {
             continue;
         }
-        // A shared lock wants a descriptor that can be read, an exclusive one a descriptor that can be written.
-        let wrong = if lock.exclusive { libc::O_RDONLY } else { libc::O_WRONLY };
         let fits = |other: &&Holding| {
             moved(other.description).is_some_and(|one| {
-                one.place.stat.identity() == description.place.stat.identity()
-                    && one.info.flags & libc::O_ACCMODE != wrong
-                    && one.info.flags & libc::O_PATH == 0
+                one.place.stat.identity() == description.place.stat.identity() && locks::can_take(&lock, one.info.flags)
             })
         };
-        if let Some(holding) = seat.holdings.iter().find(fits) {
-            let l = range(&lock);
-            let mut bytes = Vec::with_capacity(size_of::<libc::flock>());
-            bytes.extend(l.l_type.to_ne_bytes());
-            bytes.extend(l.l_whence.to_ne_bytes());
-            bytes.extend([0; 4]);
-            bytes.extend(l.l_start.to_ne_bytes());
-            bytes.extend(l.l_len.to_ne_bytes());
-            bytes.extend([0; 8]);
-            calls.push(LastCall {
-                name: "fcntl(F_SETLK)",
-                nr: libc::SYS_fcntl,
-                args: vec![number(holding.number), unsigned(libc::F_SETLK)],
-                bytes,
-            });
-        }
+        calls.extend(seat.holdings.iter().find(fits).map(|holding| locks::call(holding.number, &lock)));
     }
     let polled = |target: &Target| {
         let of = |holding: &&Holding| holding.number == target.number;

@@ -1,11 +1,11 @@
 //! Giving processes what was opened for them: descriptors in their places, working directories, mappings, locks.
 
-use super::find::is_over;
 use super::gifts::{gifts, last_calls, needs_work};
 use super::open::{Opened, file_error};
 use super::{Description, Kind, Plan, RebaseError, Seat};
 use crate::deltacr::handover::{Receiver, Session, call, give_denied_directory, unsigned};
 use crate::deltacr::stop::Stopped;
+use crate::deltacr::tasks::is_over;
 use crate::sandbox::root::Namespace;
 
 /// Of a listener that was made again (chosen: the kernel cuts it to net.core.somaxconn; the old one's is not told).

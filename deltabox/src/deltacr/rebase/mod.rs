@@ -19,7 +19,6 @@ mod gifts;
 mod give;
 mod listener;
 mod open;
-mod position;
 mod unlinked;
 mod watcher;
 
@@ -33,8 +32,8 @@ pub use error::{RebaseError, RebaseRefusal};
 pub use open::Opened;
 
 use super::fdinfo::{FdInfo, Lock, Target};
+use super::place::Place;
 use super::table::Table;
-use crate::sys::stat::Stat;
 use listener::Listener;
 use watcher::Watcher;
 
@@ -101,16 +100,6 @@ struct Holding {
     close_on_exec: bool,
     /// Index into the plan's descriptions.
     description: usize,
-}
-
-/// A place in the tree of files.
-#[derive(Clone, Debug)]
-struct Place {
-    /// From the root, without symbolic links.
-    path: CString,
-    stat: Stat,
-    /// It has no name any more.
-    unlinked: bool,
 }
 
 /// An open file description.

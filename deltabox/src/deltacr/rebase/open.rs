@@ -1,25 +1,20 @@
 //! What is to be moved, opened on the next root. The engine opens it, from outside, so that it does not matter what the
 //! processes may open now: a file opened before a setuid, one without any permission.
 
-use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::stat::Mode;
-use nix::unistd::{UnlinkatFlags, Whence, lseek, unlinkat};
+use nix::fcntl::OFlag;
+use nix::unistd::{Whence, lseek};
 
 use super::unlinked::Copies;
-use super::{Description, Kind, Missing, Place, Plan, RebaseError, fifo, position};
-use crate::deltacr::fdinfo::{Lock, Owner};
+use super::{Description, Kind, Missing, Place, Plan, RebaseError, fifo};
+use crate::deltacr::reopen::{OPENING, make_gone, reopen};
 use crate::deltacr::table::Table;
+use crate::deltacr::{locks, position};
 use crate::sandbox::root::Root;
-use crate::sys::fs::{lock_description, set_times};
 use crate::sys::stat::stat;
-
-/// Flags that mattered when the file was opened, and not after. `O_TMPFILE` includes `O_DIRECTORY`.
-const OPENING: i32 = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_NOCTTY;
 
 /// A plan whose files are open on the next root: what [`Opened::commit`] gives the processes.
 #[derive(Debug)]
@@ -56,7 +51,8 @@ impl Plan {
             }
             description.new = opener.description(description)?;
             if let Some(new) = &description.new {
-                take_locks(new.as_fd(), description)?;
+                locks::take(new.as_fd(), &description.info.locks)
+                    .map_err(|source| file_error("lock", &description.place, source))?;
             }
         }
         for seat in &mut self.seats {
@@ -154,54 +150,6 @@ impl Opener<'_> {
         let copy = self.copies.of(place, old, self.to).map_err(|source| file_error("copy", place, source))?;
         let opened = copy.map(|copy| reopen(copy, flags)).transpose();
         opened.map_err(|source| file_error("open the copy of", place, source))
-    }
-}
-
-/// Opens what a descriptor leads to once more.
-pub(super) fn reopen(fd: BorrowedFd<'_>, flags: OFlag) -> io::Result<OwnedFd> {
-    let link = format!("/proc/thread-self/fd/{}", fd.as_raw_fd());
-    let flags = flags.difference(OFlag::O_NOFOLLOW) | OFlag::O_CLOEXEC;
-    Ok(nix::fcntl::open(link.as_str(), flags, Mode::empty())?)
-}
-
-/// A directory that was removed: what a program is in whose directory the next root does not have.
-fn make_gone(to: &Root) -> io::Result<OwnedFd> {
-    const NAME: &std::ffi::CStr = c".deltabox-gone";
-    let before = stat(to.as_fd())?;
-    nix::sys::stat::mkdirat(to, NAME, Mode::S_IRWXU)?;
-    let opened = to.open(&CString::from(NAME), OFlag::O_PATH | OFlag::O_DIRECTORY);
-    // fchdir asks whether the process may.
-    let allowed = opened.as_ref().map(|gone| crate::sys::fs::chmod(gone.as_fd(), 0o755));
-    unlinkat(to, NAME, UnlinkatFlags::RemoveDir)?;
-    set_times(to.as_fd(), before.atime, before.mtime)?;
-    allowed.unwrap_or(Ok(()))?;
-    Ok(opened?)
-}
-
-/// Locks that belong to the description, taken on the new one. Nobody else can hold any there.
-fn take_locks(new: BorrowedFd<'_>, description: &Description) -> Result<(), RebaseError> {
-    for lock in &description.info.locks {
-        let taken = match lock.owner {
-            Owner::Description => lock_description(new, lock.exclusive),
-            Owner::DescriptionRange => {
-                fcntl(new, FcntlArg::F_OFD_SETLK(&range(lock))).map(drop).map_err(io::Error::from)
-            }
-            Owner::Process | Owner::Other => Ok(()),
-        };
-        taken.map_err(|source| file_error("lock", &description.place, source))?;
-    }
-    Ok(())
-}
-
-/// A lock as fcntl(2) takes it.
-pub(super) fn range(lock: &Lock) -> libc::flock {
-    #[expect(clippy::cast_possible_truncation, reason = "small constants of the C library")]
-    libc::flock {
-        l_type: if lock.exclusive { libc::F_WRLCK } else { libc::F_RDLCK } as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: lock.start,
-        l_len: lock.len_bytes,
-        l_pid: 0,
     }
 }
 

@@ -14,8 +14,8 @@ use nix::fcntl::{OFlag, copy_file_range};
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid, Whence, fchown, lseek};
 
-use super::open::reopen;
 use super::{Place, Plan};
+use crate::deltacr::reopen::reopen;
 use crate::sandbox::root::Root;
 use crate::sys::fs::{XATTR_MAX_BYTES, get_xattr, list_xattrs, set_times, set_xattr};
 use crate::sys::stat::stat;

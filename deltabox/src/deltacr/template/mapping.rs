@@ -31,6 +31,9 @@ pub struct Mapping {
     pub advice: BTreeSet<Advice>,
     /// Bytes in memory that are its own, not of a file.
     pub anonymous_bytes: u64,
+    /// Shared, of a file in the sandbox's tree: its path tells which, device and inode change with each root.
+    #[serde(default)]
+    pub in_tree: bool,
 }
 
 /// Flags of `VmFlags` that matter to a copy or a return.
@@ -115,6 +118,13 @@ impl Mapping {
         self.inode != 0
     }
 
+    /// Says of shared mappings of files on devices (the kernel's numbers of them) that they are in the tree.
+    pub(super) fn mark_tree(mappings: &mut [Self], devices: &[u64]) {
+        for one in mappings.iter_mut().filter(|one| one.shared && one.has_file()) {
+            one.in_tree = devices.contains(&(u64::from(one.device.0) << 20 | u64::from(one.device.1)));
+        }
+    }
+
     /// Whether the kernel made it: vdso, vvar, vsyscall.
     pub fn is_kernels(&self) -> bool {
         self.name.starts_with("[v") && !self.has_file()
@@ -122,7 +132,10 @@ impl Mapping {
 
     /// Whether both show the same file at the same place, or none.
     pub fn shows_the_same(&self, other: &Self) -> bool {
-        let file = (self.shared, self.device, self.inode) == (other.shared, other.device, other.inode);
+        let file = match (self.in_tree, other.in_tree) {
+            (true, true) => self.name == other.name,
+            _ => (self.shared, self.device, self.inode) == (other.shared, other.device, other.inode),
+        };
         let shift = |one: &Self| one.offset_bytes.wrapping_sub(one.start);
         file && (!self.has_file() || shift(self) == shift(other)) && self.is_kernels() == other.is_kernels()
     }
@@ -141,7 +154,7 @@ pub fn read_smaps(pid: pid_t) -> io::Result<Vec<Mapping>> {
 }
 
 /// Reads all mappings; nothing is known of what was advised.
-pub(super) fn read_maps(pid: pid_t) -> io::Result<Vec<Mapping>> {
+pub(in crate::deltacr) fn read_maps(pid: pid_t) -> io::Result<Vec<Mapping>> {
     let bytes = fs::read(format!("/proc/{pid}/maps"))?;
     parse(&String::from_utf8_lossy(&bytes)).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
@@ -194,6 +207,7 @@ fn parse_line(line: &str) -> Option<Mapping> {
         name: rest.trim_start_matches(' ').to_owned(),
         advice: BTreeSet::new(),
         anonymous_bytes: 0,
+        in_tree: false,
     })
 }
 

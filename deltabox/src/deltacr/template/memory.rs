@@ -8,7 +8,7 @@ use libc::pid_t;
 use serde::{Deserialize, Serialize};
 
 use super::error::{TemplateError, process};
-use super::mapping::{Mapping, parse_kilobytes, read_smaps};
+use super::mapping::{Advice, Mapping, parse_kilobytes, read_smaps};
 use super::remove::Template;
 
 /// What a process had mapped when its template was made.
@@ -76,6 +76,15 @@ impl Outline {
     /// The process.
     pub fn pid(&self) -> pid_t {
         self.pid
+    }
+
+    /// Memory that the process shares for writing and that the template does not have, but for files of the tree, whose
+    /// device (the kernel's number of it) is `tree`.
+    pub(in crate::deltacr) fn shared_memory(&self, tree: u64) -> Vec<Mapping> {
+        let mut mappings = self.mappings.clone().unwrap_or_default();
+        Mapping::mark_tree(&mut mappings, &[tree]);
+        mappings.retain(|one| one.has(Advice::SharedWritable) && !one.in_tree);
+        mappings
     }
 
     /// The engine's area in it.
@@ -184,6 +193,7 @@ mod tests {
             name: String::new(),
             advice: Default::default(),
             anonymous_bytes: 0,
+            in_tree: false,
         };
         let mut mappings = vec![whole];
         without(&mut mappings, &(0x3000..0x5000));

@@ -28,7 +28,7 @@ pub(super) enum Step {
 
 /// The steps, in the order in which they are to be made.
 ///
-/// `heap` is what brk(2) will add or take away.
+/// `heap` is what brk(2) will add or take away; `has_file` says of shared memory whether it can be mapped again.
 ///
 /// # Errors
 /// Something that cannot be made again is gone.
@@ -37,6 +37,7 @@ pub(super) fn plan(
     wanted: &[Mapping],
     present: &[Mapping],
     heap: &Range<u64>,
+    has_file: &dyn Fn(&Mapping) -> bool,
 ) -> Result<Vec<(Range<u64>, Step)>, TemplateRefusal> {
     let mut steps = Vec::new();
     for range in pieces(wanted, present, heap) {
@@ -57,7 +58,7 @@ pub(super) fn plan(
                 }
             }
             (Some(was), _) => {
-                refuse_lost(pid, was)?;
+                refuse_lost(pid, was, has_file)?;
                 push(&mut steps, range.clone(), Step::Map(Box::new(was.clone())));
                 for step in advice(was, None) {
                     push(&mut steps, range.clone(), step);
@@ -78,15 +79,20 @@ pub(super) fn broken<'a>(wanted: &'a [Mapping], present: &[Mapping]) -> Vec<&'a 
 }
 
 /// All steps that map something whole anew.
-pub(super) fn whole(pid: pid_t, was: &Mapping) -> Result<Vec<(Range<u64>, Step)>, TemplateRefusal> {
-    refuse_lost(pid, was)?;
+pub(super) fn whole(
+    pid: pid_t,
+    was: &Mapping,
+    has_file: &dyn Fn(&Mapping) -> bool,
+) -> Result<Vec<(Range<u64>, Step)>, TemplateRefusal> {
+    refuse_lost(pid, was, has_file)?;
     let mut steps = vec![(was.range(), Step::Map(Box::new(was.clone())))];
     steps.extend(advice(was, None).into_iter().map(|step| (was.range(), step)));
     Ok(steps)
 }
 
-fn refuse_lost(pid: pid_t, was: &Mapping) -> Result<(), TemplateRefusal> {
-    if was.is_kernels() || was.has(Advice::SharedWritable) || was.has(Advice::Special) || was.name == "[stack]" {
+fn refuse_lost(pid: pid_t, was: &Mapping, has_file: &dyn Fn(&Mapping) -> bool) -> Result<(), TemplateRefusal> {
+    let is_elsewhere = was.has(Advice::SharedWritable) && !has_file(was);
+    if was.is_kernels() || is_elsewhere || was.has(Advice::Special) || was.name == "[stack]" {
         return Err(lost(pid, was));
     }
     Ok(())
@@ -189,6 +195,7 @@ mod tests {
             name: String::new(),
             advice: Default::default(),
             anonymous_bytes: 0,
+            in_tree: false,
         }
     }
 
@@ -198,7 +205,7 @@ mod tests {
     }
 
     fn steps(wanted: &[Mapping], present: &[Mapping]) -> Vec<(Range<u64>, Step)> {
-        plan(1, wanted, present, &(0..0)).expect("a plan")
+        plan(1, wanted, present, &(0..0), &|_| false).expect("a plan")
     }
 
     #[test]
@@ -213,7 +220,7 @@ mod tests {
         let map = || Step::Map(Box::new(was[0].clone()));
         assert_eq!(steps(&was, &is), [(30..40, Step::Unmap), (10..12, map()), (13..20, map())]);
         assert_eq!(broken(&was, &is), [&was[0]]);
-        assert_eq!(whole(1, &was[0]).expect("steps"), [(10..20, map())]);
+        assert_eq!(whole(1, &was[0], &|_| false).expect("steps"), [(10..20, map())]);
     }
 
     #[test]
@@ -236,15 +243,15 @@ mod tests {
         let stack = |start| Mapping { name: "[stack]".into(), ..with(mapping(start, 90, 3), &[Advice::GrowsDown]) };
         assert_eq!(steps(&[stack(70)], &[stack(80)]), [(70..80, Step::Grow)]);
         assert_eq!(steps(&[stack(80)], &[stack(70)]), [(70..80, Step::Unmap)]);
-        assert_eq!(plan(1, &[mapping(10, 20, 3)], &[mapping(10, 15, 3)], &(10..20)), Ok(vec![]));
-        assert!(plan(1, &[stack(80)], &[], &(0..0)).is_err());
+        assert_eq!(plan(1, &[mapping(10, 20, 3)], &[mapping(10, 15, 3)], &(10..20), &|_| false), Ok(vec![]));
+        assert!(plan(1, &[stack(80)], &[], &(0..0), &|_| false).is_err());
     }
 
     #[test]
     fn shared_memory_that_is_gone_is_refused() {
         let shared = with(Mapping { shared: true, inode: 7, ..mapping(1, 2, 3) }, &[Advice::SharedWritable]);
         assert_eq!(
-            plan(9, &[shared], &[], &(0..0)),
+            plan(9, &[shared], &[], &(0..0), &|_| false),
             Err(TemplateRefusal::Lost { pid: 9, kind: "shared memory", start: 1 })
         );
     }

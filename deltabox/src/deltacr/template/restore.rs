@@ -24,7 +24,9 @@ use super::threads::Threads;
 use super::wares::Wares;
 use crate::deltacr::handover::call;
 use crate::deltacr::inject::{Call, Hand};
+use crate::deltacr::shared::Present;
 use crate::deltacr::stop::Stopped;
+use crate::sandbox::root::Root;
 
 /// So often the mappings are looked at again (chosen: one look more than any known cause needs).
 const N_ATTEMPTS: usize = 3;
@@ -66,6 +68,28 @@ pub struct Past<'a> {
     /// Somebody has watched that no mapping has been advised, locked or unlocked since (mprotect, mmap and the like do
     /// not matter). The kernel walks all pages to tell that.
     pub advice_is_unchanged: bool,
+    /// What it maps shared.
+    pub files: Option<Files<'a>>,
+}
+
+/// What a process maps shared.
+#[derive(Clone, Copy, Debug)]
+pub struct Files<'a> {
+    /// Files of the sandbox.
+    pub(in crate::deltacr) tree: Tree<'a>,
+    /// Memory.
+    pub(in crate::deltacr) shared: &'a Present<'a>,
+}
+
+/// The tree of files, then and now.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::deltacr) struct Tree<'a> {
+    /// Its device at the checkpoint, as the kernel numbers it.
+    pub(in crate::deltacr) then: u64,
+    /// That which the process has its files from before the return.
+    pub(in crate::deltacr) now: u64,
+    /// What it is to have them from.
+    pub(in crate::deltacr) root: &'a Root,
 }
 
 /// Gives a stopped process the memory and the registers again that it had.
@@ -75,11 +99,11 @@ pub struct Past<'a> {
 /// be, and must not be let go.
 pub fn restore_in_place(stopped: &mut Stopped, pid: pid_t, past: &Past<'_>) -> Result<Report, TemplateError> {
     let begin = Instant::now();
-    let Past { memory, source, threads, advice_is_unchanged } = *past;
+    let Past { memory, source, threads, advice_is_unchanged, files } = *past;
     threads.check(stopped, pid)?;
     let mut report = Report { n_threads: threads.n_threads(), ..Report::default() };
     let mut hand = stopped.hand(pid)?;
-    let room = Room { pid, area: hand.area(), memory, advice_is_unchanged };
+    let room = Room { pid, area: hand.area(), memory, advice_is_unchanged, files };
     room.put_mappings(&mut hand, source, &mut report)?;
     report.mappings = begin.elapsed();
     let begin = Instant::now();
@@ -110,18 +134,26 @@ struct Room<'a> {
     area: Range<u64>,
     memory: &'a Memory,
     advice_is_unchanged: bool,
+    files: Option<Files<'a>>,
 }
 
 impl Room<'_> {
     fn wanted(&self) -> Vec<Mapping> {
         let mut wanted = self.memory.mappings.clone();
         without(&mut wanted, &self.area);
+        if let Some(files) = self.files {
+            Mapping::mark_tree(&mut wanted, &[files.tree.then]);
+        }
         wanted
     }
 
     fn present(&self) -> Result<Vec<Mapping>, TemplateError> {
         let read = if self.advice_is_unchanged { read_maps } else { read_smaps };
         let mut present = read(self.pid).map_err(process("read the mappings of", self.pid))?;
+        if let Some(Files { tree, shared }) = self.files {
+            Mapping::mark_tree(&mut present, &[tree.now, tree.root.dev()]);
+            shared.name_as_then(&mut present);
+        }
         if self.advice_is_unchanged {
             for one in &mut present {
                 let was = covering(&self.memory.mappings, one.start).filter(|was| was.shows_the_same(one));
@@ -132,6 +164,11 @@ impl Room<'_> {
         Ok(present)
     }
 
+    /// Whether there is something to map where a mapping was that the template does not have.
+    fn has_file_for(&self, mapping: &Mapping) -> bool {
+        mapping.in_tree || self.files.is_some_and(|files| files.shared.file(mapping).is_some())
+    }
+
     fn put_mappings(&self, hand: &mut Hand<'_>, source: &Source, report: &mut Report) -> Result<(), TemplateError> {
         let pid = self.pid;
         let wanted = self.wanted();
@@ -140,7 +177,7 @@ impl Room<'_> {
         let mut heap = now.min(then)..now.max(then);
         for _ in 0..N_ATTEMPTS {
             let present = self.present()?;
-            let mut steps = plan(pid, &wanted, &present, &heap)?;
+            let mut steps = plan(pid, &wanted, &present, &heap, &|mapping| self.has_file_for(mapping))?;
             if then > now && present.iter().any(|one| one.start < heap.end && heap.start < one.end) {
                 // Something else took the heap's place.
                 steps.insert(0, (heap.clone(), Step::Unmap));
@@ -151,14 +188,16 @@ impl Room<'_> {
                     return Ok(());
                 }
                 for one in parted {
-                    steps.extend(whole(pid, one)?);
+                    steps.extend(whole(pid, one, &|mapping| self.has_file_for(mapping))?);
                 }
             }
             self.make(hand, source, &steps, report)?;
             heap = 0..0;
         }
         let present = self.present()?;
-        if let Some((range, _)) = plan(pid, &wanted, &present, &heap)?.into_iter().next() {
+        if let Some((range, _)) =
+            plan(pid, &wanted, &present, &heap, &|mapping| self.has_file_for(mapping))?.into_iter().next()
+        {
             return Err(TemplateRefusal::Unequal { pid, range }.into());
         }
         let parted = broken(&wanted, &present).first().map(|one| one.range());
@@ -178,7 +217,7 @@ impl Room<'_> {
     ) -> Result<(), TemplateError> {
         let pid = self.pid;
         // The descriptors first: without room for them nothing has changed yet.
-        let wares = Wares::give(hand, source, steps)?;
+        let wares = Wares::give(hand, source, steps, self.files.as_ref())?;
         let mut calls = Vec::new();
         let unmaps = steps.iter().take_while(|(_, step)| *step == Step::Unmap).count();
         for (range, _) in &steps[..unmaps] {

@@ -50,7 +50,7 @@ impl Threads {
     }
 
     /// Fails unless the stopped process has just these threads, with what the kernel keeps for each.
-    pub(super) fn check(&self, stopped: &Stopped, pid: pid_t) -> Result<(), TemplateError> {
+    pub(in crate::deltacr) fn check(&self, stopped: &Stopped, pid: pid_t) -> Result<(), TemplateError> {
         let threads = threads_of(stopped, pid)?;
         let refused = || TemplateError::from(TemplateRefusal::Threads { pid });
         if threads.len() != self.records.len() {

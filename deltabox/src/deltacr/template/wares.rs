@@ -1,16 +1,21 @@
 //! Files that a process has to map again, handed to it: from the template's own mappings of them.
 
+use std::ffi::CString;
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 
+use nix::fcntl::OFlag;
+
 use super::error::{TemplateError, TemplateRefusal, check};
-use super::mapping::{Mapping, read_maps};
+use super::mapping::{Advice, Mapping, read_maps};
 use super::plan::{Step, covering};
-use super::restore::unopened;
+use super::restore::{Files, unopened};
 use super::source::Source;
 use crate::deltacr::handover::call;
 use crate::deltacr::inject::{Call, Hand};
+use crate::sandbox::root::Root;
 use crate::sys::process::{pidfd_getfd, pidfd_open_thread};
 use crate::sys::socket::send_with_fds;
 
@@ -40,9 +45,10 @@ impl Wares {
         hand: &mut Hand<'_>,
         source: &Source,
         steps: &[(Range<u64>, Step)],
+        shared: Option<&Files<'_>>,
     ) -> Result<Self, TemplateError> {
         let pid = hand.pid();
-        let mut files: Vec<(u64, File)> = Vec::new();
+        let mut opened: Vec<(u64, File)> = Vec::new();
         let is_file = |step: &Step| matches!(step, Step::Map(mapping) if mapping.has_file());
         if !steps.iter().any(|(_, step)| is_file(step)) {
             return Ok(Self::default());
@@ -50,17 +56,27 @@ impl Wares {
         let there = read_maps(source.pid()).map_err(unopened(pid))?;
         for (_, step) in steps {
             let Step::Map(mapping) = step else { continue };
-            if !mapping.has_file() || files.iter().any(|(start, _)| *start == mapping.start) {
+            if !mapping.has_file() || opened.iter().any(|(start, _)| *start == mapping.start) {
                 continue;
+            }
+            if let Some(files) = shared.filter(|_| mapping.shared) {
+                let file = match files.shared.file(mapping) {
+                    Some(file) => Some(file.try_clone_to_owned().map(File::from)),
+                    None => mapping.in_tree.then(|| open_in(files.tree.root, mapping)),
+                };
+                if let Some(file) = file {
+                    opened.push((mapping.start, file.map_err(unopened(pid))?));
+                    continue;
+                }
             }
             let Some(copy) = covering(&there, mapping.start).filter(|copy| copy.shows_the_same(mapping)) else {
                 return Err(TemplateRefusal::Lost { pid, kind: "a file", start: mapping.start }.into());
             };
             let link = format!("/proc/{}/map_files/{:x}-{:x}", source.pid(), copy.start, copy.end);
-            files.push((mapping.start, File::open(link).map_err(unopened(pid))?));
+            opened.push((mapping.start, File::open(link).map_err(unopened(pid))?));
         }
         let mut wares = Self::default();
-        let received = wares.receive(hand, &files);
+        let received = wares.receive(hand, &opened);
         if received.is_err() {
             // The first failure is the one to report.
             let _ = hand.run(&wares.close_calls());
@@ -116,4 +132,12 @@ impl Wares {
         let numbers = self.files.iter().map(|(_, number)| *number).chain(self.others.iter().copied());
         numbers.map(|number| call(libc::SYS_close, &[i64::from(number).cast_unsigned()])).collect()
     }
+}
+
+/// Opens a file of the tree as it was open for the mapping.
+fn open_in(root: &Root, mapping: &Mapping) -> io::Result<File> {
+    let is_written = mapping.has(Advice::SharedWritable);
+    let flags = if is_written { OFlag::O_RDWR } else { OFlag::O_RDONLY };
+    let path = CString::new(mapping.name.as_bytes())?;
+    Ok(File::from(root.open(&path, flags)?))
 }

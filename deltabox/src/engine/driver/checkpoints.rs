@@ -1,4 +1,4 @@
-//! The driver's checkpoints and rollbacks, of files so far: each a straight line.
+//! The driver's checkpoints and rollbacks: each a straight line.
 //!
 //! ```text
 //! checkpoint: admit -> next layer, announced in sandbox.json, mounted ahead -> switch -> sandbox.json -> cN.json
@@ -10,18 +10,22 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::merging::no_room;
 use super::{Driver, MAX_LAYERS, io_error};
+use crate::deltacr::moment::{Draft, Moment};
 use crate::deltafs::layer::{LayerId, LiveLayer, RootLook};
 use crate::deltafs::layers::{Stack, StackError};
-use crate::engine::api::{CheckpointReport, CheckpointRequest, PhaseTime, RollbackReport, RollbackRequest};
+use crate::engine::api::{BackReport, CheckpointReport, CheckpointRequest, PhaseTime, RollbackReport, RollbackRequest};
 use crate::engine::footing::Footing;
 use crate::engine::manifest::Manifest;
 use crate::engine::store::SandboxDir;
-use crate::engine::switch::{Ground, OldRoot, Purpose, SwitchError, Switched, Walks, switch};
+use crate::engine::switch::{
+    Errand, Ground, OldRoot, Processes, Purpose, SwitchError, Switched, TakingGround, Walks, switch,
+};
 use crate::engine::tree::{Checkpoint, CheckpointId, Measured};
 use crate::engine::{Engine, Error, unix_ms};
 use crate::latency::{Phase, Span};
@@ -45,9 +49,6 @@ impl Driver {
         span: &mut Span,
     ) -> Result<(CheckpointReport, Option<OldRoot>), Error> {
         span.end_of(Phase::Queue);
-        if !request.fs_only {
-            return Err(without_processes(&self.manifest, "checkpoint"));
-        }
         if let Some(name) = &request.name {
             self.tree.check_name(name)?;
         }
@@ -61,6 +62,7 @@ impl Driver {
             false => self.stack_with_room(|layers| layers.known_stack(top))?,
         };
         let durable = self.tree.is_durable();
+        let unified = self.manifest.cgroups.unified.clone();
         let Self { engine, dir, manifest, live, footing, .. } = self;
         let (Some(live), Some(footing)) = (live.as_ref(), footing.as_ref()) else { return Err(Error::ShuttingDown) };
         let id = CheckpointId(manifest.next_checkpoint);
@@ -91,9 +93,44 @@ impl Driver {
             frozen_look = Some(look);
             next.mount.try_clone().map(Some)
         };
-        let switched = switch(&mut self.tracer, &ground, Purpose::Freeze, walks, ready, next, span);
-        let switched = self.after_switch(switched, armed.map(|armed| armed.layer), "checkpoint")?;
-        let (frozen, measured, old) = measured_of(switched);
+        let (prefix, memory) = (format!("t{}-", id.0), dir.checkpoints().join(format!("{id}.memory")));
+        let mut draft = None;
+        let processes = match request.fs_only {
+            true => Processes::Kept,
+            false => {
+                let ground = TakingGround { group: &unified, prefix: &prefix, memory: &memory };
+                Processes::Taken { ground, draft: &mut draft }
+            }
+        };
+        let errand = Errand { purpose: Purpose::Freeze, processes };
+        let switched = switch(&mut self.tracer, &ground, errand, walks, ready, next, span);
+        let switched = self.after_switch(switched, armed.map(|armed| armed.layer), "checkpoint");
+        let switched = match (switched, draft.take()) {
+            (Ok(switched), taken) => {
+                draft = taken;
+                switched
+            }
+            (Err(error), taken) => {
+                self.discard(taken);
+                return Err(error);
+            }
+        };
+        let (frozen, mut measured, old) = measured_of(switched);
+        let moment = match draft.map(Draft::complete).transpose() {
+            Ok(moment) => moment,
+            Err(error) => {
+                self.clean_up(old, None);
+                return Err(Error::Switch {
+                    what: format!("checkpoint `{}`: read its templates", self.manifest.id),
+                    source: io::Error::other(error),
+                });
+            }
+        };
+        if let Some(moment) = &moment {
+            measured.n_descriptions = moment.held().n_descriptions();
+            measured.memory_bytes = moment.memory_bytes();
+            span.end_of(Phase::Describe);
+        }
         let Some(live) = self.live.as_mut() else { return Err(Error::ShuttingDown) };
         if let Some(look) = frozen_look.filter(|_| frozen) {
             live.set_first_look(look);
@@ -103,15 +140,38 @@ impl Driver {
         let durable = request.durable;
         let mut checkpoint =
             Checkpoint::new(id, request.name.clone(), parent, epoch, unix_ms(), top, root, frozen, durable);
+        checkpoint.fs_only = request.fs_only;
         let made = self.record_checkpoint(&mut checkpoint, measured, span);
         // Whatever failed: the programs are where they are.
         match made {
-            Ok(()) => Ok((checkpoint.report(&self.manifest.id), old)),
+            Ok(()) => {
+                self.moments.extend(moment.map(|moment| (id, moment)));
+                Ok((checkpoint.report(&self.manifest.id), old))
+            }
             Err(error) => {
                 self.clean_up(old, None);
+                self.forget_moment(moment);
                 Err(error)
             }
         }
+    }
+
+    /// Removes the templates of a checkpoint that did not come to be.
+    fn discard(&self, draft: Option<Draft>) {
+        if let Some(draft) = draft {
+            self.engine.0.janitor.take(move || draft.discard());
+        }
+    }
+
+    /// Removes the templates of a checkpoint that is no more.
+    fn forget_moment(&self, moment: Option<Moment>) {
+        let Some(moment) = moment else { return };
+        let id = self.manifest.id.clone();
+        self.engine.0.janitor.take(move || {
+            if let Err(error) = moment.remove() {
+                tracing::error!(sandbox = %id, %error, "a template stays until its sandbox ends");
+            }
+        });
     }
 
     /// After the switch: on disk what makes it a checkpoint.
@@ -153,10 +213,25 @@ impl Driver {
     ) -> Result<(RollbackReport, Option<OldRoot>, LayerId), Error> {
         span.end_of(Phase::Queue);
         let target = self.tree.find(&self.manifest.id, &request.checkpoint)?.clone();
-        if !request.fs_only {
-            return Err(without_processes(&self.manifest, "rollback"));
-        }
         let (init, group) = self.ready_to_switch()?;
+        let moment = match request.fs_only {
+            true => None,
+            false => Some(self.moments.get(&target.id).ok_or_else(|| without_processes(&self.manifest, &target))?),
+        };
+        // Out of the driver's hands for as long as it lends itself to the switch.
+        let moment = moment.map(|_| target.id).and_then(|id| self.moments.remove_entry(&id));
+        let rolled_back = self.roll_back(&target, (init, &group), moment.as_ref().map(|(_, moment)| moment), span);
+        self.moments.extend(moment);
+        rolled_back
+    }
+
+    fn roll_back(
+        &mut self,
+        target: &Checkpoint,
+        (init, group): (i32, &Path),
+        moment: Option<&Moment>,
+        span: &mut Span,
+    ) -> Result<(RollbackReport, Option<OldRoot>, LayerId), Error> {
         self.load_ground()?;
         let discarded = self.manifest.live;
         let below = self.stack_with_room(|layers| layers.stack(target.top))?;
@@ -167,10 +242,16 @@ impl Driver {
         let Armed { layer, mount, .. } = arm.arm(target.root.clone())?;
         // Other files come back under every walk: it need not be spared this.
         let walks = Walks::new(Instant::now(), &mut self.standing);
-        let ground = Ground { init, group: &group, deadline: Instant::now() + DEADLINE };
+        let ground = Ground { init, group, deadline: Instant::now() + DEADLINE };
         let ready = mount.try_clone().map_err(io_error("mount the next root of", dir))?;
         let next = || mount.try_clone().map(Some);
-        let switched = switch(&mut self.tracer, &ground, Purpose::Discard, walks, Some(ready), next, span);
+        let (mut back, mut lost) = (Vec::new(), None);
+        let processes = match moment {
+            None => Processes::Kept,
+            Some(moment) => Processes::Returned { moment, back: &mut back, lost: &mut lost },
+        };
+        let errand = Errand { purpose: Purpose::Discard, processes };
+        let switched = switch(&mut self.tracer, &ground, errand, walks, Some(ready), next, span);
         let switched = self.after_switch(switched, Some(layer), "roll back")?;
         let (_, measured, old) = measured_of(switched);
         self.manifest.head = Some(target.id);
@@ -181,6 +262,10 @@ impl Driver {
             tracing::error!(sandbox = %self.manifest.id, %error, "rolled back, but that could not be written down yet");
         }
         span.end_of(Phase::Manifest);
+        if let Some(why) = lost {
+            self.clean_up(old, Some(discarded));
+            return Err(Error::Lost { id: self.manifest.id.clone(), checkpoint: target.id.to_string(), why });
+        }
         self.book.record(self.manifest.id.as_str(), span);
         let report = RollbackReport {
             checkpoint: target.id.to_string(),
@@ -190,6 +275,7 @@ impl Driver {
             n_processes: measured.n_processes,
             n_threads: measured.n_threads,
             n_descriptions: measured.n_descriptions,
+            processes: back.iter().map(|one| BackReport { pid: one.inside, how: one.how.name().to_owned() }).collect(),
         };
         Ok((report, old, discarded))
     }
@@ -204,6 +290,8 @@ impl Driver {
         let removed = Arc::make_mut(&mut self.tree).remove(target.id);
         self.show();
         removed.map_err(io_error("remove a checkpoint from", &self.dir))?;
+        let moment = self.moments.remove(&target.id);
+        self.forget_moment(moment);
         self.engine.collect_of(&self.manifest.id).map(drop)
     }
 
@@ -371,11 +459,15 @@ fn measured_of(switched: Switched) -> (bool, Measured, Option<OldRoot>) {
     }
 }
 
-fn without_processes(manifest: &Manifest, what: &str) -> Error {
+fn without_processes(manifest: &Manifest, target: &Checkpoint) -> Error {
+    let why = match target.fs_only {
+        true => "that checkpoint was made with --fs-only: it holds no processes",
+        false => "its processes are not held any more: the engine was restarted since, or the sandbox killed",
+    };
     Error::Refused {
-        what: format!("{what} `{}` with its processes", manifest.id),
-        why: "this deltabox holds files only".to_owned(),
-        hint: "give --fs-only".to_owned(),
+        what: format!("roll `{}` back to {} with its processes", manifest.id, target.id),
+        why: why.to_owned(),
+        hint: "give --fs-only to have its files back".to_owned(),
     }
 }
 

@@ -75,7 +75,15 @@ impl Sandbox {
         let mut standing = Standing::default();
         let walks = Walks::new(Instant::now(), &mut standing);
         let next = || mount.try_clone().map(Some);
-        let switched = switch(&mut Tracer::new(), &ground, purpose, walks, None, next, &mut span);
+        let switched = switch(
+            &mut Tracer::new(),
+            &ground,
+            Errand { purpose, processes: Processes::Kept },
+            walks,
+            None,
+            next,
+            &mut span,
+        );
         for (phase, took) in span.phases() {
             println!("{phase}: {} us", took.as_micros());
         }
@@ -321,7 +329,15 @@ fn a_process_that_is_killed_while_it_stands_still_hinders_nobody() {
     let mut span = Span::begin(Operation::Checkpoint);
     let mut standing = Standing::default();
     let walks = Walks::new(Instant::now(), &mut standing);
-    let switched = switch(&mut Tracer::new(), &ground, Purpose::Freeze, walks, None, next, &mut span);
+    let switched = switch(
+        &mut Tracer::new(),
+        &ground,
+        Errand { purpose: Purpose::Freeze, processes: Processes::Kept },
+        walks,
+        None,
+        next,
+        &mut span,
+    );
     assert!(matches!(switched, Ok(Switched::Moved { .. })), "{switched:?}");
     sandbox.layers.push(layer.record().id);
     fs::write(sandbox.inside("/tmp/go"), "").unwrap();

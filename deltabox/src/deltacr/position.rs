@@ -19,16 +19,27 @@ const BUFFER_BYTES: usize = 32 << 10;
 
 /// Leaves `new`, just opened, where the reader of `old` goes on. `old` stands at `position`, and does again afterwards.
 pub(super) fn carry_over(old: BorrowedFd<'_>, position: i64, new: BorrowedFd<'_>) -> io::Result<()> {
-    let mut left = HashSet::new();
+    match unread(old, position) {
+        None => Ok(()),
+        Some(unread) => go_on(new, &unread),
+    }
+}
+
+/// The names that the reader of `old` has not been given yet. It stands at `position`, and does again afterwards.
+/// `None`: that cannot be read, and its reader begins again: better twice than never.
+pub(super) fn unread(old: BorrowedFd<'_>, position: i64) -> Option<Vec<Vec<u8>>> {
+    let mut left = Vec::new();
     let read = scan(old, |name, _| {
-        left.insert(name.to_vec());
+        left.push(name.to_vec());
         true
     });
-    lseek(old, position, Whence::SeekSet)?;
-    if read.is_err() {
-        // From the beginning: better twice than never.
-        return Ok(());
-    }
+    let back = lseek(old, position, Whence::SeekSet);
+    (read.is_ok() && back.is_ok()).then_some(left)
+}
+
+/// Leaves `new`, just opened, before the first of these names.
+pub(super) fn go_on(new: BorrowedFd<'_>, unread: &[Vec<u8>]) -> io::Result<()> {
+    let left: HashSet<&[u8]> = unread.iter().map(Vec::as_slice).collect();
     let (mut before, mut found) = (0, false);
     let read = scan(new, |name, after| {
         found = left.contains(name);

@@ -1,0 +1,260 @@
+//! Descriptions made again, by the engine, which no file's permissions stop.
+
+use std::collections::BTreeMap;
+use std::ffi::{CStr, CString};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use libc::pid_t;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::unistd::{Whence, lseek};
+
+use super::donors::Donors;
+use super::terminals::{find_master, open_devpts};
+use super::{Cwd, Description, DescriptorError, Held, What};
+use crate::deltacr::objects::terminal::{Pair, Place, Terminal, open_slave};
+use crate::deltacr::objects::{ObjectError, Pidfd};
+use crate::deltacr::reopen::{OPENING, make_gone, reopen};
+use crate::deltacr::shared::Present;
+use crate::deltacr::stop::Stopped;
+use crate::deltacr::{locks, position};
+use crate::sandbox::root::Root;
+use crate::sys::stat::stat;
+
+/// All descriptions of a checkpoint, made again and in the engine's hands.
+#[derive(Debug)]
+pub struct Opened<'a> {
+    pub(super) held: &'a Held,
+    /// `None`: made once the processes are there.
+    pub(super) descriptions: Vec<Option<OwnedFd>>,
+    /// By PID inside.
+    pub(super) cwds: BTreeMap<pid_t, OwnedFd>,
+    devpts: Option<OwnedFd>,
+    masters: Vec<OwnedFd>,
+}
+
+impl Held {
+    /// Makes everything again: files of the tree on `to`, which may be attached nowhere yet; those of other mounts as
+    /// process `init` sees them; for what led out of the sandbox a stopped process, or `init`, gives a copy.
+    ///
+    /// # Errors
+    /// No process has been changed.
+    pub(in crate::deltacr) fn open(
+        &self,
+        stopped: &Stopped,
+        to: &Root,
+        init: pid_t,
+        memory: &Present<'_>,
+    ) -> Result<Opened<'_>, DescriptorError> {
+        let failed = |op| move |source| DescriptorError::Process { op, pid: init, source };
+        let around = Root::of(init).map_err(failed("find the root"))?;
+        let mut donors = Donors::find(stopped, init, self);
+        let devpts = (!self.terminals.is_empty()).then(|| open_devpts(init)).transpose();
+        let devpts = devpts.map_err(failed("open /dev/pts"))?;
+        let mut masters = Vec::with_capacity(self.terminals.len());
+        for terminal in &self.terminals {
+            masters.push(find_or_make(stopped, init, terminal, devpts.as_ref())?);
+        }
+        let mut pipes = Vec::with_capacity(self.pipes.len());
+        for pipe in &self.pipes {
+            let ends = pipe.make().map_err(file_error("make", c"a pipe"))?;
+            pipes.push(ends.into_iter().map(Some).collect::<Vec<_>>());
+        }
+        let mut opener = Opener { to, around: &around, memory, gone: None };
+        let mut descriptions = Vec::with_capacity(self.descriptions.len());
+        for description in &self.descriptions {
+            let made = match &description.what {
+                What::Outside { link } => Some(donors.give(link, description.flags)?),
+                What::Pipe { pipe, end } => pipes.get_mut(*pipe).and_then(|ends| ends.get_mut(*end)?.take()),
+                What::Terminal { terminal, is_master } => {
+                    let master = masters.get(*terminal).ok_or_else(|| file_error("find", c"a terminal")(missing()))?;
+                    let side = match is_master {
+                        true => master.try_clone(),
+                        false => open_slave(master.as_fd(), description.flags & libc::O_ACCMODE),
+                    };
+                    Some(side.map_err(file_error("open", c"a terminal"))?)
+                }
+                What::Pidfd(_) => None,
+                _ => Some(opener.description(description)?),
+            };
+            if let (Some(made), Some(settings)) = (&made, &description.settings)
+                && !matches!(description.what, What::Outside { .. })
+            {
+                settings.set(made.as_fd()).map_err(file_error("set the flags of", c"a descriptor"))?;
+            }
+            descriptions.push(made);
+        }
+        let mut cwds = BTreeMap::new();
+        for (pid, seat) in &self.seats {
+            cwds.insert(*pid, opener.cwd(&seat.cwd)?);
+        }
+        Ok(Opened { held: self, descriptions, cwds, devpts, masters })
+    }
+}
+
+impl Opened<'_> {
+    /// Gives what lives on at both ends the state that it had, and makes what can only be made with the processes there:
+    /// `host` tells the host PID of one by that inside. Processes that go must have gone.
+    ///
+    /// # Errors
+    /// Terminals are neither what they were nor what they should be.
+    pub(in crate::deltacr) fn settle(&mut self, host: impl Fn(pid_t) -> Option<pid_t>) -> Result<(), DescriptorError> {
+        for (at, (terminal, master)) in self.held.terminals.iter().zip(&self.masters).enumerate() {
+            let is_slave =
+                |one: &Description| matches!(one.what, What::Terminal { terminal, is_master: false } if terminal == at);
+            let slave = self.held.descriptions.iter().position(is_slave);
+            let slave = slave.and_then(|slave| self.descriptions.get(slave)?.as_ref());
+            let Some(devpts) = &self.devpts else { continue };
+            let pair = Pair { devpts: devpts.as_fd(), master: master.as_fd(), slave: slave.map(AsFd::as_fd) };
+            terminal.put_back(pair).map_err(object)?;
+        }
+        for (description, made) in self.held.descriptions.iter().zip(&mut self.descriptions) {
+            if let What::Pidfd(pidfd) = &description.what {
+                *made = Some(make_pidfd(pidfd, &host)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells programs whose client's window has changed since.
+    pub(in crate::deltacr) fn announce_windows(&self) {
+        for (terminal, master) in self.held.terminals.iter().zip(&self.masters) {
+            if terminal.place() == Place::Outside {
+                // It hung up meanwhile: there is no window.
+                let _ = terminal.announce_window(master.as_fd());
+            }
+        }
+    }
+}
+
+fn make_pidfd(pidfd: &Pidfd, host: impl Fn(pid_t) -> Option<pid_t>) -> Result<OwnedFd, DescriptorError> {
+    pidfd.make(pidfd.pid().and_then(host)).map_err(object)
+}
+
+/// The master of a terminal, where it was; one that is no more is made again.
+fn find_or_make(
+    stopped: &Stopped,
+    init: pid_t,
+    terminal: &Terminal,
+    devpts: Option<&OwnedFd>,
+) -> Result<OwnedFd, DescriptorError> {
+    let failed = |source| DescriptorError::Process { op: "look for the master of a terminal", pid: init, source };
+    if terminal.place() == Place::Outside {
+        let master = find_master(init, terminal.index()).map_err(failed)?;
+        return master.ok_or_else(|| failed(io::Error::other("it was hung up since")));
+    }
+    for process in stopped.processes() {
+        // One that was killed meanwhile has none.
+        if let Ok(Some(master)) = find_master(process.pid, terminal.index()) {
+            return Ok(master);
+        }
+    }
+    let devpts = devpts.ok_or_else(|| failed(missing()))?;
+    terminal.make(devpts.as_fd()).map_err(object)
+}
+
+fn object(source: ObjectError) -> DescriptorError {
+    DescriptorError::Object { pid: 0, number: -1, source }
+}
+
+fn missing() -> io::Error {
+    io::ErrorKind::NotFound.into()
+}
+
+struct Opener<'a> {
+    to: &'a Root,
+    around: &'a Root,
+    memory: &'a Present<'a>,
+    /// A directory that was removed.
+    gone: Option<OwnedFd>,
+}
+
+impl Opener<'_> {
+    fn description(&self, description: &Description) -> Result<OwnedFd, DescriptorError> {
+        let Description { flags, position, what, .. } = description;
+        let flags = OFlag::from_bits_retain(flags & !OPENING);
+        match what {
+            What::File { path, kind, locks, unread } => {
+                let failed = |op| file_error(op, path);
+                let mut flags = flags;
+                if flags.contains(OFlag::O_PATH) {
+                    flags.insert(OFlag::O_NOFOLLOW);
+                } else if *kind != libc::S_IFDIR {
+                    flags.remove(OFlag::O_TMPFILE);
+                }
+                let new = self.to.open(path, flags).map_err(|errno| failed("open")(errno.into()))?;
+                let found = stat(new.as_fd()).map_err(failed("look at"))?.kind();
+                if found != *kind {
+                    return Err(failed("open")(io::Error::other("it is of another kind than it was")));
+                }
+                match unread {
+                    Some(unread) => position::go_on(new.as_fd(), unread).map_err(failed("set the position in"))?,
+                    None if *position != 0 && *kind == libc::S_IFREG => {
+                        let set = lseek(&new, *position, Whence::SeekSet);
+                        set.map_err(|errno| failed("set the position in")(errno.into()))?;
+                    }
+                    None => {}
+                }
+                locks::take(new.as_fd(), locks).map_err(failed("lock"))?;
+                Ok(new)
+            }
+            What::Mount { path } => self.on_mount(path, flags, *position),
+            What::Memory { key } => {
+                let failed = file_error("open", c"a memfd");
+                let file = self.memory.of(*key).ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
+                let new = reopen(file, flags).map_err(&failed)?;
+                lseek(&new, *position, Whence::SeekSet).map_err(|errno| failed(errno.into()))?;
+                Ok(new)
+            }
+            What::Eventfd(eventfd) => eventfd.make().map_err(file_error("make", c"an eventfd")),
+            What::Timerfd(timerfd) => timerfd.make().map_err(file_error("make", c"a timer")),
+            What::Signalfd(signalfd) => signalfd.make().map_err(file_error("make", c"a signalfd")),
+            What::Epoll { epoll, .. } => epoll.make().map_err(file_error("make", c"an epoll instance")),
+            What::Outside { .. } | What::Pipe { .. } | What::Pidfd(_) | What::Terminal { .. } => {
+                Err(file_error("open", c"a descriptor")(missing()))
+            }
+        }
+    }
+
+    fn on_mount(&self, path: &CString, flags: OFlag, position: i64) -> Result<OwnedFd, DescriptorError> {
+        let failed = |errno: Errno| file_error("open", path)(errno.into());
+        // Something that would wait (a terminal's carrier) does not.
+        let opening = flags | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+        let new = self.around.open(path, opening).map_err(failed)?;
+        if !flags.contains(OFlag::O_NONBLOCK) && !flags.contains(OFlag::O_PATH) {
+            fcntl(&new, FcntlArg::F_SETFL(flags)).map_err(failed)?;
+        }
+        if position != 0 {
+            // What cannot seek had none to speak of.
+            let _ = lseek(&new, position, Whence::SeekSet);
+        }
+        Ok(new)
+    }
+
+    fn cwd(&mut self, cwd: &Cwd) -> Result<OwnedFd, DescriptorError> {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY;
+        match cwd {
+            Cwd::Tree { path } => self.to.open(path, flags).map_err(|errno| file_error("open", path)(errno.into())),
+            Cwd::Mount { path } => {
+                self.around.open(path, flags).map_err(|errno| file_error("open", path)(errno.into()))
+            }
+            Cwd::Gone => {
+                let failed = file_error("take the place of", c"a directory that was removed");
+                let gone = match &self.gone {
+                    Some(gone) => gone,
+                    None => match make_gone(self.to) {
+                        Ok(made) => self.gone.insert(made),
+                        Err(error) => return Err(failed(error)),
+                    },
+                };
+                gone.try_clone().map_err(failed)
+            }
+        }
+    }
+}
+
+pub(super) fn file_error(op: &'static str, path: &CStr) -> impl Fn(io::Error) -> DescriptorError {
+    let path = path.to_string_lossy().into_owned();
+    move |source| DescriptorError::File { op, path: path.clone(), source }
+}

@@ -1,0 +1,213 @@
+//! Memory, threads, signals and timers of a program.
+
+use deltabox_tests::worker::Worker;
+use deltabox_tests::{Host, skipped_without_root};
+use serde_json::json;
+
+use crate::{checkpoint, roll_back};
+
+fn start() -> Option<(Host, Worker)> {
+    if skipped_without_root() {
+        return None;
+    }
+    let host = Host::start();
+    host.create("box");
+    let worker = Worker::start(&host, "box");
+    Some((host, worker))
+}
+
+#[test]
+fn files_and_memory_go_back_together_to_any_node_any_number_of_times() {
+    let Some((host, mut worker)) = start() else { return };
+    worker.ask("import random, hashlib; random.seed(7); heap = [bytes([n % 256]) * 5000 for n in range(2000)]");
+    worker.ask("def look(): return [open('/srv/n').read(), n, random.getstate()[1][:5], hashlib.sha256(b''.join(heap)).hexdigest()]");
+    let step = "open('/srv/n', 'w').write(str(n)); heap[random.randrange(2000)] = random.randbytes(9000); heap.append(b'x' * n)";
+    let mut nodes = Vec::new();
+    for n in 0..5 {
+        worker.ask(&format!("n = {n}"));
+        worker.ask(step);
+        let look = worker.ask("look()");
+        nodes.push((checkpoint(&host), look));
+    }
+    for at in [2, 2, 4, 0, 1, 4, 3, 0] {
+        let (id, look) = &nodes[at];
+        let report = roll_back(&host, id);
+        assert_eq!(report["processes"], json!([{"pid": 2, "how": "in place"}]));
+        assert_eq!(worker.ask("look()"), *look, "at {id}");
+        // Lost at the next rollback.
+        worker.ask("n = 77");
+        worker.ask(step);
+        worker.ask("heap = heap[:10]; del look");
+    }
+    roll_back(&host, &nodes[1].0);
+    assert_eq!(worker.ask("look()"), nodes[1].1);
+    assert!(worker.end().success());
+}
+
+#[test]
+fn a_program_goes_on_where_it_was_while_it_computes() {
+    let Some((host, mut worker)) = start() else { return };
+    worker.ask(
+        "import threading, time
+count = [0] * 4
+def run(k):
+    while True:
+        count[k] += 1
+        if count[k] % 1000 == 0: time.sleep(0.001)
+for k in range(4): threading.Thread(target=run, args=(k,), daemon=True).start()",
+    );
+    let before = worker.ask("count[:]");
+    let id = checkpoint(&host);
+    let later = worker.ask("time.sleep(0.2); count[:]");
+    for _ in 0..10 {
+        roll_back(&host, &id);
+        let now = worker.ask("count[:]");
+        for k in 0..4 {
+            let [before, later, now] = [&before, &later, &now].map(|counts| counts[k].as_u64().expect("a count"));
+            assert!(before <= now && now < later, "thread {k}: {before} <= {now} < {later}");
+        }
+        worker.ask("time.sleep(0.3)");
+    }
+    assert!(worker.end().success());
+}
+
+#[test]
+fn handlers_timers_and_waiting_signals_go_back() {
+    let Some((host, mut worker)) = start() else { return };
+    worker.ask(
+        "import signal
+got = []
+signal.signal(signal.SIGUSR1, lambda *_: got.append('one'))
+signal.signal(signal.SIGUSR2, lambda *_: got.append('two'))
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+os.kill(os.getpid(), signal.SIGUSR2)
+signal.setitimer(signal.ITIMER_REAL, 1000, 5)",
+    );
+    let id = checkpoint(&host);
+    for _ in 0..2 {
+        worker.ask(
+            "signal.setitimer(signal.ITIMER_REAL, 0)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+os.kill(os.getpid(), signal.SIGHUP)",
+        );
+        assert_eq!(worker.ask("got"), json!(["two"]));
+        roll_back(&host, &id);
+        assert_eq!(worker.ask("[got, sorted(signal.sigpending())]"), json!([[], [12]]));
+        assert_eq!(worker.ask("signal.getitimer(signal.ITIMER_REAL)[0] > 900"), json!(true));
+        worker.ask("os.kill(os.getpid(), signal.SIGUSR1)");
+        assert_eq!(worker.ask("got"), json!(["one"]));
+        roll_back(&host, &id);
+    }
+    assert!(worker.end().success());
+}
+
+#[test]
+fn memory_that_processes_share_goes_back_for_all_of_them() {
+    let Some((host, mut worker)) = start() else { return };
+    worker.ask(
+        "import mmap, time
+shared = mmap.mmap(-1, 1 << 20); memfd = os.memfd_create('named'); os.truncate(memfd, 8192)
+named = mmap.mmap(memfd, 8192); os.lseek(memfd, 5, 0)
+shared[:5] = b'first'; shared[700000:700005] = b'later'; named[:3] = b'old'
+child = os.fork()
+if child == 0:
+    os.close(1)
+    while True:
+        # Answers in the shared memory itself, and keeps one word of its own.
+        if shared[100] == 1: shared[200:205] = shared[:5]; shared[205:208] = named[:3]; shared[100] = 2
+        time.sleep(0.001)
+def ask_child():
+    shared[100] = 1
+    while shared[100] != 2: time.sleep(0.001)
+    return shared[200:208].decode()",
+    );
+    assert_eq!(worker.ask("ask_child()"), "firstold");
+    let id = checkpoint(&host);
+    for change in [
+        "shared[:5] = b'other'; named[:3] = b'new'; shared[300000] = 7; shared[700000:700005] = bytes(5)",
+        "shared.close(); named.close(); os.close(memfd); shared = named = mmap.mmap(-1, 4096)",
+        "os.truncate(memfd, 4096); os.pwrite(memfd, b'new', 0); os.lseek(memfd, 0, 0)",
+        "shared.resize(1 << 19); named[:3] = b'new'",
+    ] {
+        for _ in 0..2 {
+            worker.ask(change);
+            roll_back(&host, &id);
+            let look = "[shared[:5].decode(), shared[700000:700005].decode(), shared[300000], named[:3].decode()]";
+            assert_eq!(worker.ask(look), json!(["first", "later", 0, "old"]), "after {change}");
+            assert_eq!(worker.ask("[os.lseek(memfd, 0, 1), os.fstat(memfd).st_size]"), json!([5, 8192]));
+            assert_eq!(worker.ask("shared[:5] = b'again'; os.pwrite(memfd, b'O', 0); ask_child()"), "againOld");
+            roll_back(&host, &id);
+        }
+    }
+    worker.ask("os.kill(child, 9); os.wait()");
+    let other = checkpoint(&host);
+    worker.ask("shared[:5] = b'other'");
+    roll_back(&host, &other);
+    assert_eq!(worker.ask("shared[:5].decode()"), "first");
+    assert!(worker.end().success());
+}
+
+#[test]
+fn a_file_mapped_shared_goes_back_with_the_mapping() {
+    let Some((host, mut worker)) = start() else { return };
+    worker.ask(
+        "import mmap
+f = open('/srv/mapped', 'w+b'); f.write(b'old' + bytes(8189)); f.flush()
+shared = mmap.mmap(f.fileno(), 8192)",
+    );
+    let id = checkpoint(&host);
+    for change in
+        ["shared[:3] = b'new'", "shared.close(); os.unlink('/srv/mapped')", "shared[4096:4099] = b'new'; f.close()"]
+    {
+        worker.ask(change);
+        roll_back(&host, &id);
+        assert_eq!(
+            worker.ask("[shared[:3].decode(), open('/srv/mapped', 'rb').read(3).decode()]"),
+            json!(["old", "old"])
+        );
+        worker.ask("shared[4096:4099] = b'mid'; f.seek(4096)");
+        assert_eq!(
+            worker.ask("[f.read(3).decode(), open('/srv/mapped', 'rb').read()[4096:4099].decode()]"),
+            json!(["mid", "mid"])
+        );
+        roll_back(&host, &id);
+        assert_eq!(worker.ask("shared[4096]"), json!(0));
+    }
+    assert!(worker.end().success());
+}
+
+#[test]
+fn limits_masks_names_and_priorities_go_back() {
+    let Some((host, mut worker)) = start() else { return };
+    worker.ask(
+        "import resource, ctypes
+prctl = ctypes.CDLL(None).prctl
+os.umask(0o027); os.nice(5); prctl(15, b'named', 0, 0, 0); prctl(1, 10, 0, 0, 0)
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 300)); os.setgroups([5, 6])
+def look():
+    name, umask = ctypes.create_string_buffer(16), os.umask(0)
+    os.umask(umask); prctl(16, name, 0, 0, 0)
+    death = ctypes.c_int(); prctl(2, ctypes.byref(death), 0, 0, 0)
+    return [umask, os.nice(0), name.value.decode(), death.value, resource.getrlimit(resource.RLIMIT_NOFILE), os.getgroups(), os.geteuid()]",
+    );
+    let id = checkpoint(&host);
+    let expected = json!([23, 5, "named", 10, [200, 300], [5, 6], 0]);
+    for change in [
+        "os.umask(0); os.nice(3); prctl(15, b'other', 0, 0, 0); prctl(1, 0, 0, 0, 0); os.setgroups([])",
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (20, 300)); os.seteuid(1000)",
+    ] {
+        worker.ask(change);
+        for _ in 0..2 {
+            roll_back(&host, &id);
+            assert_eq!(worker.ask("look()"), expected, "after {change}");
+        }
+    }
+    // What a process cannot take back: it would have to be made again.
+    worker.ask("os.setgid(1000); os.setuid(1000)");
+    let refused = host.cli(["--json", "rollback", "box", &id]);
+    assert_eq!(refused.code(), 3);
+    assert_eq!(worker.ask("os.getuid()"), json!(1000));
+    assert!(worker.end().success());
+}

@@ -1,0 +1,131 @@
+//! Processes that come and go.
+
+use deltabox_tests::worker::Worker;
+use deltabox_tests::{Host, skipped_without_root};
+use serde_json::json;
+
+use crate::{checkpoint, roll_back};
+
+fn start() -> Option<(Host, Worker)> {
+    if skipped_without_root() {
+        return None;
+    }
+    let host = Host::start();
+    host.create("box");
+    let worker = Worker::start(&host, "box");
+    Some((host, worker))
+}
+
+#[test]
+fn processes_that_were_made_since_are_gone_and_their_parents_know_nothing_of_them() {
+    let Some((host, mut worker)) = start() else { return };
+    worker.ask("import signal, subprocess, time; told = []; signal.signal(signal.SIGCHLD, lambda *_: told.append(1))");
+    let id = checkpoint(&host);
+    for change in [
+        "children = [subprocess.Popen(['sleep', '1000']) for _ in range(5)]",
+        "nested = subprocess.Popen(['sh', '-c', 'sleep 1000 & sleep 1000 & wait'])",
+        // Ended, and nobody has asked for it.
+        "zombie = os.fork()\nif zombie == 0: os._exit(3)\ntime.sleep(0.1)",
+        // An orphan, init's child.
+        "_ = subprocess.run(['sh', '-c', 'setsid sleep 1000 >/dev/null 2>&1 &'])",
+        "threaded = subprocess.Popen([sys.executable, '-c', 'import threading, time\\nfor _ in range(20): threading.Thread(target=time.sleep, args=(1000,)).start()'])",
+    ] {
+        worker.ask(change);
+        roll_back(&host, &id);
+        let left = host.cli(["--json", "ps", "box"]).json();
+        let left: Vec<_> =
+            left["processes"].as_array().expect("processes").iter().map(|one| one["pid"].clone()).collect();
+        assert_eq!(left, [json!(1), json!(2)], "after {change}");
+        let wait = "try: answer = os.waitpid(-1, os.WNOHANG)
+except ChildProcessError: answer = 'none'
+[answer, told]";
+        assert_eq!(worker.ask(wait), json!(["none", []]), "after {change}");
+    }
+    assert!(worker.end().success());
+}
+
+#[test]
+fn a_command_that_was_started_since_ends_and_its_client_is_told() {
+    let Some((host, worker)) = start() else { return };
+    let id = checkpoint(&host);
+    let since = Worker::start(&host, "box");
+    roll_back(&host, &id);
+    assert_eq!(since.wait().code(), Some(128 + 9));
+    assert!(worker.end().success());
+}
+
+#[test]
+fn a_rollback_that_cannot_be_is_refused_and_changes_nothing() {
+    let Some((host, mut worker)) = start() else { return };
+    worker.ask("n = 1; open('/srv/f', 'w').write('one')");
+    let id = checkpoint(&host);
+    let files = host.cli(["checkpoint", "box", "--fs-only"]).ok();
+    worker.ask("n = 2; open('/srv/f', 'w').write('two')");
+    let refused = host.cli(["--json", "rollback", "box", &files]);
+    assert_eq!(refused.code(), 3);
+    assert!(refused.error()["message"].as_str().expect("a message").contains("--fs-only"));
+    assert_eq!(worker.ask("[n, open('/srv/f').read()]"), json!([2, "two"]));
+    // Files alone go back to either.
+    host.cli(["rollback", "box", &id, "--fs-only"]).ok();
+    assert_eq!(worker.ask("[n, open('/srv/f').read()]"), json!([2, "one"]));
+    assert!(worker.end().success());
+}
+
+#[test]
+fn templates_go_with_their_checkpoints_and_nothing_stays() {
+    let Some((host, mut worker)) = start() else { return };
+    let group = host.inspect("box")["cgroup"].as_str().expect("a cgroup").to_owned();
+    let n_templates = || {
+        let names = std::fs::read_dir(&group).expect("the cgroup").map(|entry| entry.expect("an entry").file_name());
+        names.filter(|name| name.to_string_lossy().starts_with('t')).count()
+    };
+    let ids: Vec<_> = (0..3).map(|_| checkpoint(&host)).collect();
+    assert_eq!(n_templates(), 3);
+    host.cli(["rm", &format!("box@{}", ids[1])]).ok();
+    deltabox_tests::wait_within(10, "a template is gone", || n_templates() == 2);
+    roll_back(&host, &ids[0]);
+    roll_back(&host, &ids[2]);
+    assert_eq!(worker.ask("1"), json!(1));
+    drop(worker);
+    host.cli(["rm", "box"]).ok();
+    assert!(!std::path::Path::new(&group).exists());
+}
+
+#[test]
+fn a_bracket_keeps_output_and_status_and_nothing_else() {
+    let Some((host, mut worker)) = start() else { return };
+    worker.ask("n = 1; open('/srv/f', 'w').write('one')");
+    let script = "echo out; echo more > /srv/f; touch /srv/new; sleep 1000 & kill -USR1 1; exit 7";
+    let done = host.cli(["exec", "--bracket", "box", "--", "sh", "-c", script]);
+    assert_eq!((done.code(), done.stdout.as_str()), (7, "out\n"));
+    assert_eq!(worker.ask("[n, open('/srv/f').read(), os.path.exists('/srv/new')]"), json!([1, "one", false]));
+    let ps = host.cli(["--json", "ps", "box"]).json();
+    assert_eq!(ps["processes"].as_array().expect("processes").len(), 2);
+    assert_eq!(host.cli(["--json", "tree", "box"]).json()["checkpoints"], json!([]));
+    let failed = host.cli(["exec", "--bracket", "box", "--", "/no/such/program"]);
+    assert_ne!(failed.code(), 0);
+    assert_eq!(host.cli(["--json", "tree", "box"]).json()["checkpoints"], json!([]));
+    assert!(worker.end().success());
+}
+
+#[test]
+fn after_the_daemons_death_no_template_is_left_and_files_can_be_had() {
+    let Some((mut host, mut worker)) = start() else { return };
+    worker.ask("open('/srv/f', 'w').write('one')");
+    let id = checkpoint(&host);
+    worker.ask("open('/srv/f', 'w').write('two')");
+    drop(worker);
+    host.end_daemon(nix::sys::signal::Signal::SIGKILL);
+    host.start_daemon();
+    let refused = host.cli(["--json", "rollback", "box", &id]);
+    assert_eq!(refused.code(), 3);
+    assert!(refused.error()["message"].as_str().expect("a message").contains("not held any more"));
+    host.cli(["rollback", "box", &id, "--fs-only"]).ok();
+    assert_eq!(host.sh("box", "cat /srv/f").ok(), "one");
+    let group = host.inspect("box")["cgroup"].as_str().expect("a cgroup").to_owned();
+    let names: Vec<_> = std::fs::read_dir(group)
+        .expect("the cgroup")
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect();
+    assert!(!names.iter().any(|name| name.starts_with('t')), "{names:?}");
+}
