@@ -111,6 +111,9 @@ pub fn set_modes(fd: BorrowedFd<'_>, modes: &Modes) -> io::Result<()> {
 pub enum Ask {
     /// Which of the pairs it is (of a master).
     Index,
+    /// Its device, of a pair the slave's (on either side), in the kernel's encoding (new_encode_dev of
+    /// include/linux/kdev_t.h).
+    Device,
     /// Whether the slave may not be opened (of a master).
     Locked,
     /// Whether a master is told what happens to its slave (TIOCPKT).
@@ -125,17 +128,13 @@ pub enum Ask {
     Session,
     /// Bytes that can be read.
     Readable,
-    /// The slave's device, in the kernel's encoding (new_encode_dev of include/linux/kdev_t.h).
-    Device,
 }
-
-/// include/uapi/asm-generic/ioctls.h
-const TIOCGDEV: libc::Ioctl = 0x8004_5432;
 
 /// Asks.
 pub fn ask(fd: BorrowedFd<'_>, what: Ask) -> io::Result<i32> {
     let request = match what {
         Ask::Index => libc::TIOCGPTN,
+        Ask::Device => libc::TIOCGDEV,
         Ask::Locked => libc::TIOCGPTLCK,
         Ask::PacketMode => libc::TIOCGPKT,
         Ask::Exclusive => libc::TIOCGEXCL,
@@ -143,7 +142,6 @@ pub fn ask(fd: BorrowedFd<'_>, what: Ask) -> io::Result<i32> {
         Ask::Foreground => libc::TIOCGPGRP,
         Ask::Session => libc::TIOCGSID,
         Ask::Readable => libc::FIONREAD,
-        Ask::Device => TIOCGDEV,
     };
     let mut answer: libc::c_int = 0;
     // SAFETY: each of these requests writes one int, which lives through the call.

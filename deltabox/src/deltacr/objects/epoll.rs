@@ -129,7 +129,7 @@ fn has(holder: Holder, number: i32, nth: usize) -> io::Result<bool> {
 mod tests {
     use std::os::fd::{AsFd, AsRawFd};
 
-    use nix::sys::epoll::{EpollEvent, EpollFlags};
+    use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
 
     use super::*;
     use crate::deltacr::objects::own_fdinfo;
@@ -159,15 +159,19 @@ mod tests {
     }
 
     fn ready(instance: &Instance) -> Vec<u64> {
+        ready_within(instance, EpollTimeout::ZERO)
+    }
+
+    fn ready_within(instance: &Instance, timeout: EpollTimeout) -> Vec<u64> {
         let mut events = [EpollEvent::empty(); 8];
-        let n = instance.wait(&mut events, nix::sys::epoll::EpollTimeout::ZERO).unwrap();
+        let n = instance.wait(&mut events, timeout).unwrap();
         let mut data: Vec<_> = events[..n].iter().map(EpollEvent::data).collect();
         data.sort_unstable();
         data
     }
 
     fn pipe_with(bytes: &[u8]) -> (OwnedFd, OwnedFd) {
-        let (r, w) = nix::unistd::pipe().unwrap();
+        let (r, w) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
         if !bytes.is_empty() {
             nix::unistd::write(&w, bytes).unwrap();
         }
@@ -220,7 +224,8 @@ mod tests {
         // What is said about hang-ups in the header.
         let spent = again(&read(&new).unwrap(), &[&r]);
         drop(w);
-        assert_eq!(ready(&spent), [5]);
+        // A child of another test has it until its exec.
+        assert_eq!(ready_within(&spent, EpollTimeout::from(5000_u16)), [5]);
         assert!(ready(&spent).is_empty());
     }
 
@@ -248,6 +253,28 @@ mod tests {
         assert!(read(&old).is_ok());
         drop(r);
         assert!(is_refused(read(&old), number));
+    }
+
+    #[test]
+    fn a_target_that_another_process_still_has_is_that_ones() {
+        use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+        let old = instance();
+        let (r, _w) = pipe_with(b"");
+        old.add(&r, EpollEvent::new(EpollFlags::EPOLLIN, 1)).unwrap();
+        for fd in [&r, &old.0] {
+            fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+        }
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let (number, instance) = (r.as_raw_fd(), old.0.as_raw_fd());
+        drop(r);
+        let tasks = [nix::unistd::gettid().as_raw(), child.id().cast_signed()];
+        let holders = tasks.map(|task| Holder { task, number: instance });
+        let record = Epoll::read(&own_fdinfo(old.0.as_fd()).unwrap(), &holders).unwrap();
+        assert_eq!(record.targets().iter().map(|target| target.holder).collect::<Vec<_>>(), [1]);
+        assert!(record.last_calls(0, 5).is_empty());
+        assert_eq!(record.last_calls(1, 5)[0].args[2], argument(number));
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     #[test]

@@ -6,7 +6,7 @@ use libc::pid_t;
 
 use super::ObjectKind;
 
-/// A failure. Nothing was changed.
+/// A failure. Nothing was changed, unless the function says otherwise.
 #[derive(Debug, thiserror::Error)]
 pub enum ObjectError {
     /// It cannot be held.
@@ -84,7 +84,7 @@ pub enum ObjectRefusal {
 impl ObjectRefusal {
     /// Whether it passes by itself, as soon as the programs have run a little.
     pub fn is_passing(&self) -> bool {
-        matches!(self, Self::CancelledTimer | Self::PacketStatus { .. } | Self::TerminalTaken { .. })
+        matches!(self, Self::CancelledTimer | Self::PacketStatus { .. })
     }
 }
 

@@ -325,7 +325,7 @@ mod tests {
     #[test]
     fn the_running_kernel_calls_things_so() {
         use nix::sys::{epoll, eventfd, inotify, memfd};
-        let (read, _write) = nix::unistd::pipe().unwrap();
+        let (read, _write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
         assert_eq!(asked(read.as_fd()), ObjectKind::Pipe);
         assert_eq!(asked(eventfd::EventFd::new().unwrap().as_fd()), ObjectKind::Eventfd);
         assert_eq!(asked(crate::sys::timer::create(libc::CLOCK_MONOTONIC).unwrap().as_fd()), ObjectKind::Timerfd);

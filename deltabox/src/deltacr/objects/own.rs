@@ -1,6 +1,5 @@
 //! The engine's own copy of a descriptor: what the kernel tells of it, and the same opened once more.
 
-use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
@@ -80,7 +79,17 @@ impl Permissions {
 
 /// fdinfo of a descriptor of this process.
 pub fn own_fdinfo(fd: BorrowedFd<'_>) -> io::Result<String> {
-    fs::read_to_string(format!("/proc/thread-self/fdinfo/{}", fd.as_raw_fd()))
+    let path = format!("/proc/thread-self/fdinfo/{}", fd.as_raw_fd());
+    let file = nix::fcntl::open(path.as_str(), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+    let (mut text, mut buffer) = (Vec::new(), [0; 1024]);
+    loop {
+        let n = nix::unistd::read(&file, &mut buffer)?;
+        text.extend_from_slice(&buffer[..n]);
+        // The kernel writes as many whole lines as there is room for.
+        if n == 0 || text.len() < buffer.len() / 2 {
+            return String::from_utf8(text).map_err(|_| io::ErrorKind::InvalidData.into());
+        }
+    }
 }
 
 /// Opens what a descriptor leads to once more: another description, with a position of its own.

@@ -68,26 +68,20 @@ impl Spare {
     }
 
     fn empty(&self) -> io::Result<()> {
-        let mut bytes = Vec::new();
-        while self.read(&mut bytes, 0)? {}
+        let n = n_readable(self.read.as_fd())?;
+        if n > 0 {
+            let mut bytes = vec![0; n];
+            while self.read(&mut bytes)? > 0 {}
+        }
         Ok(())
     }
 
-    /// Appends what one read gives, of `at_most` bytes (0 for all). `false`: nothing is left.
-    fn read(&self, bytes: &mut Vec<u8>, at_most: usize) -> io::Result<bool> {
-        let start = bytes.len();
-        let n = match at_most {
-            0 => n_readable(self.read.as_fd())?,
-            n => n,
-        };
-        bytes.resize(start + n, 0);
-        let read = match nix::unistd::read(&self.read, &mut bytes[start..]) {
-            Ok(n) => n,
-            Err(Errno::EAGAIN) => 0,
-            Err(errno) => return Err(errno.into()),
-        };
-        bytes.truncate(start + read);
-        Ok(read > 0)
+    /// One read; 0: nothing is left.
+    fn read(&self, bytes: &mut [u8]) -> io::Result<usize> {
+        match nix::unistd::read(&self.read, bytes) {
+            Err(Errno::EAGAIN) => Ok(0),
+            read => Ok(read?),
+        }
     }
 }
 
@@ -119,7 +113,7 @@ pub fn duplicate(old: BorrowedFd<'_>, new: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 /// Whether an end that none of these descriptions is of is open elsewhere: in init, at a client, or on its way in a
-/// message.
+/// message. (Of a FIFO it need not be true: one that never had a writer looks as if it had one.)
 ///
 /// # Errors
 /// The kernel's word.
@@ -240,37 +234,34 @@ fn read_content(end: BorrowedFd<'_>, spare: &Spare, packets: bool) -> io::Result
         return Ok(Vec::new());
     }
     spare.take(end)?;
-    let mut bytes = Vec::with_capacity(n);
-    spare.read(&mut bytes, 1)?;
+    let mut bytes = vec![0; n];
+    spare.read(&mut bytes[..1])?;
     let begins_plain = n_readable(spare.read.as_fd())? == n - 1;
-    if begins_plain && !packets {
-        while spare.read(&mut bytes, 0)? {
-            // It ended before the content did: at a packet.
-            if bytes.len() < n && n_readable(spare.read.as_fd())? > 0 {
-                return read_pieces(end, spare, packets);
-            }
-        }
-        if bytes.len() == n {
-            return Ok(vec![Piece { is_packet: false, bytes }]);
-        }
+    // A read that ends before the content does has met a packet.
+    if begins_plain && !packets && spare.read(&mut bytes[1..])? == n - 1 {
+        return Ok(vec![Piece { is_packet: false, bytes }]);
     }
-    read_pieces(end, spare, packets)
+    read_pieces(end, spare, packets, n)
 }
 
 /// Where packets may be.
-fn read_pieces(end: BorrowedFd<'_>, spare: &Spare, packets: bool) -> io::Result<Vec<Piece>> {
+fn read_pieces(end: BorrowedFd<'_>, spare: &Spare, packets: bool, n: usize) -> io::Result<Vec<Piece>> {
     // Each read of everything ends with a packet, or with the content.
     spare.take(end)?;
-    let (mut bytes, mut ends) = (Vec::new(), Vec::new());
-    while spare.read(&mut bytes, 0)? {
-        ends.push(bytes.len());
+    let (mut bytes, mut ends, mut read) = (vec![0; n], Vec::new(), 0);
+    while read < n {
+        match spare.read(&mut bytes[read..])? {
+            0 => break,
+            more => read += more,
+        }
+        ends.push(read);
     }
+    bytes.truncate(read);
     // A read of one byte takes all of a packet.
     spare.take(end)?;
     let (mut pieces, mut at): (Vec<Piece>, usize) = (Vec::new(), 0);
     let mut left = n_readable(spare.read.as_fd())?;
-    let mut byte = Vec::with_capacity(1);
-    while at < bytes.len() && spare.read(&mut byte, 1)? {
+    while at < bytes.len() && spare.read(&mut [0])? > 0 {
         let left_now = n_readable(spare.read.as_fd())?;
         let next = at + (left - left_now);
         left = left_now;
@@ -282,7 +273,6 @@ fn read_pieces(end: BorrowedFd<'_>, spare: &Spare, packets: bool) -> io::Result<
             None => pieces.push(Piece { is_packet, bytes: piece.to_vec() }),
         }
         at = next;
-        byte.clear();
     }
     Ok(pieces)
 }
@@ -302,6 +292,13 @@ mod tests {
     fn record(ends: &[&OwnedFd]) -> Pipe {
         let fds: Vec<_> = ends.iter().map(|end| end.as_fd()).collect();
         Pipe::read(&fds, &Spare::new().unwrap()).unwrap()
+    }
+
+    /// Waits until the other end is closed: a child of another test has it until its exec.
+    fn is_left_alone(end: &OwnedFd, flag: PollFlags) -> bool {
+        let mut fds = [PollFd::new(end.as_fd(), PollFlags::empty())];
+        poll(&mut fds, PollTimeout::from(5000_u16)).unwrap();
+        fds[0].revents().unwrap().contains(flag)
     }
 
     fn unblocked(end: &OwnedFd) -> &OwnedFd {
@@ -420,8 +417,9 @@ mod tests {
         write(&w, b"unread").unwrap();
         drop(r);
         let record = record(&[&w]);
-        assert!(!leads_out(&[w.as_fd()]).unwrap(), "the look left a reader");
+        assert!(is_left_alone(&w, PollFlags::POLLERR), "the look left a reader");
         let made = record.make().unwrap();
+        assert!(is_left_alone(&made[0], PollFlags::POLLERR), "a reader was left");
         assert_eq!(write(&made[0], b"x"), Err(Errno::EPIPE));
         let late = reopen(made[0].as_fd(), OFlag::O_RDONLY).unwrap();
         assert_eq!(reads(&late, 100), [b"unread"]);
@@ -464,9 +462,11 @@ mod tests {
         assert!(leads_out(&[r.as_fd()]).unwrap() && leads_out(&[w.as_fd()]).unwrap());
         assert!(!leads_out(&[r.as_fd(), w.as_fd()]).unwrap());
         drop(w);
+        assert!(is_left_alone(&r, PollFlags::POLLHUP));
         assert!(!leads_out(&[r.as_fd()]).unwrap());
         let (r, w) = pipe(OFlag::empty());
         drop(r);
+        assert!(is_left_alone(&w, PollFlags::POLLERR));
         assert!(!leads_out(&[w.as_fd()]).unwrap());
     }
 

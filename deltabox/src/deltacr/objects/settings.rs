@@ -120,7 +120,7 @@ mod tests {
 
     #[test]
     fn flags_and_signal_are_set_on_another_description() {
-        let (read, _write) = nix::unistd::pipe().unwrap();
+        let (read, _write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
         fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
         set_signal(read.as_fd(), libc::SIGUSR2).unwrap();
         let pid = nix::unistd::getpid().as_raw();
@@ -128,7 +128,7 @@ mod tests {
         let inside = |of, number| (of == Owning::Process && number == pid).then_some(17);
         let settings = Settings::read(read.as_fd(), inside).unwrap();
         assert_eq!(settings.owner(), Some(Owner { of: Owning::Process, number: 17 }));
-        let (other, _write) = nix::unistd::pipe().unwrap();
+        let (other, _write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
         settings.set(other.as_fd()).unwrap();
         let again = Settings::read(other.as_fd(), |_, _| None).unwrap();
         assert_eq!(again, Settings { owner: None, ..settings.clone() });
@@ -148,7 +148,7 @@ mod tests {
 
     #[test]
     fn plain_settings_need_no_calls() {
-        let (read, _write) = nix::unistd::pipe().unwrap();
+        let (read, _write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
         let settings = Settings::read(read.as_fd(), |_, _| panic!("it has no owner")).unwrap();
         assert!(settings.last_calls(3).is_empty());
     }

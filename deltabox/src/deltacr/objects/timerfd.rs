@@ -52,8 +52,15 @@ impl Timerfd {
     /// `CancelledTimer`; or the kernel's word.
     pub fn read(fd: BorrowedFd<'_>) -> Result<Self, ObjectError> {
         let setting = timer::setting(fd).map_err(failed("read a timer"))?;
-        let fdinfo = own_fdinfo(fd).map_err(failed("read fdinfo of a timer"))?;
-        let told = |key| field(&fdinfo, key).ok_or_else(|| unknown("timer"));
+        Self::parse(setting, &own_fdinfo(fd).map_err(failed("read fdinfo of a timer"))?)
+    }
+
+    /// From what [`timer::setting`] has told, and fdinfo, read after that.
+    ///
+    /// # Errors
+    /// As [`Timerfd::read`].
+    pub fn parse(setting: Setting, fdinfo: &str) -> Result<Self, ObjectError> {
+        let told = |key| field(fdinfo, key).ok_or_else(|| unknown("timer"));
         let parsed = || {
             let clock = told("clockid")?.parse().ok();
             let flags = i32::from_str_radix(told("settime flags")?, 8).ok();
@@ -173,8 +180,7 @@ mod tests {
         let old = timer_with(libc::CLOCK_REALTIME, flags, at, Duration::ZERO);
         let record = Timerfd::read(fd(&old)).unwrap();
         let Expiry::At(time) = record.expiry else { panic!("{record:?}") };
-        let distance = time.abs_diff(at);
-        assert!(distance < Duration::from_millis(500), "{distance:?}");
+        assert!(time.abs_diff(at) < Duration::from_millis(500), "{:?}", time.abs_diff(at));
         let again = Timerfd::read(fd(&record.make().unwrap())).unwrap();
         assert_eq!(again.flags, flags);
         // One that is over.

@@ -6,15 +6,14 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, tee};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::open::file_error;
 use super::{Description, Kind, RebaseError};
-use crate::deltacr::reopen::reopen;
+use crate::deltacr::objects::duplicate;
 use crate::sandbox::root::Root;
 use crate::sys::stat::stat;
 
@@ -54,17 +53,4 @@ pub(super) fn open_all(descriptions: &mut [Description], to: &Root) -> Result<()
 
 fn is_fifo(fd: &OwnedFd) -> bool {
     stat(fd.as_fd()).is_ok_and(|stat| stat.kind() == libc::S_IFIFO)
-}
-
-/// Makes the new pipe as big as the old one and puts the same into it.
-fn duplicate(old: BorrowedFd<'_>, new: BorrowedFd<'_>) -> io::Result<()> {
-    let size = fcntl(old, FcntlArg::F_GETPIPE_SZ)?;
-    if size != fcntl(new, FcntlArg::F_GETPIPE_SZ)? {
-        fcntl(new, FcntlArg::F_SETPIPE_SZ(size))?;
-    }
-    let end = reopen(old, OFlag::O_RDONLY | OFlag::O_NONBLOCK)?;
-    match tee(&end, new, usize::try_from(size).unwrap_or(0), SpliceFFlags::SPLICE_F_NONBLOCK) {
-        Ok(_) | Err(Errno::EAGAIN) => Ok(()),
-        Err(errno) => Err(errno.into()),
-    }
 }

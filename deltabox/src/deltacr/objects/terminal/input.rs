@@ -9,7 +9,7 @@ use nix::poll::PollFlags;
 use serde::{Deserialize, Serialize};
 
 use super::has;
-use super::output::write_all;
+use super::output::{send, send_portions};
 use crate::sys::tty::{Modes, Order, order, set_modes};
 
 /// Bytes that a terminal itself keeps (N_TTY_BUF_SIZE of drivers/tty/n_tty.c, less one).
@@ -37,7 +37,7 @@ impl Input {
     /// Takes it. `slave` does not wait; its modes are `modes` before and after.
     pub(super) fn take(slave: BorrowedFd<'_>, modes: &Modes) -> io::Result<Self> {
         let mut input = Self::default();
-        let mut buffer = vec![0; KEPT_BYTES + 1];
+        let mut buffer = [0; KEPT_BYTES + 1];
         let mut n_bytes = 0;
         if is_lines(modes) {
             while n_bytes < MAX_BYTES && has(slave, PollFlags::POLLIN)? {
@@ -50,8 +50,10 @@ impl Input {
         }
         let mut open = *modes;
         open.local &= !libc::ICANON;
-        open.characters[libc::VMIN] = 0;
-        open.characters[libc::VTIME] = 0;
+        if open.characters[libc::VMIN] > 1 {
+            // It counts as nothing until so many bytes are there.
+            open.characters[libc::VMIN] = 1;
+        }
         if open != *modes {
             set_modes(slave, &open)?;
         }
@@ -84,10 +86,15 @@ impl Input {
         modes: &Modes,
         may_flush: bool,
     ) -> io::Result<()> {
-        let end_of_file = self.unused_byte(modes);
-        if !self.is_empty() || may_flush {
-            set_modes(slave, &quiet(modes, end_of_file))?;
+        if self.is_empty() {
+            if may_flush && is_lines(modes) {
+                set_modes(slave, modes)?;
+                order(slave, Order::FlushInput)?;
+            }
+            return Ok(());
         }
+        let end_of_file = self.unused_byte(modes);
+        set_modes(slave, &quiet(modes, end_of_file))?;
         if may_flush {
             // A switch to line mode leaves the end of a line behind where no line is.
             order(slave, Order::FlushInput)?;
@@ -95,20 +102,17 @@ impl Input {
         let end = |line: &Line| line.is_cut.then_some(end_of_file);
         let lines = self.lines.iter().flat_map(|line| line.bytes.iter().copied().chain(end(line)));
         let mut bytes = lines.chain(self.rest.iter().copied());
+        if !is_lines(modes) && self.rest.len() > KEPT_BYTES {
+            let sent = unblocked(master, || send(master, slave, &self.rest));
+            return sent.and(set_modes(slave, modes));
+        }
         for byte in bytes.by_ref().take(KEPT_BYTES) {
             order(slave, Order::Type(byte))?;
         }
         set_modes(slave, modes)?;
         // The rest has no place in it yet: it waits before it.
         let more: Vec<u8> = bytes.collect();
-        if more.is_empty() {
-            return Ok(());
-        }
-        let flags = OFlag::from_bits_retain(fcntl(master, FcntlArg::F_GETFL)?);
-        fcntl(master, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-        let written = write_all(master, &more);
-        fcntl(master, FcntlArg::F_SETFL(flags))?;
-        written
+        if more.is_empty() { Ok(()) } else { unblocked(master, || send_portions(master, &more)) }
     }
 
     fn is_empty(&self) -> bool {
@@ -126,6 +130,15 @@ impl Input {
         let usual = modes.characters[libc::VEOF].max(1);
         [usual].into_iter().chain(1..=u8::MAX).find(|byte| !used(byte)).unwrap_or(usual)
     }
+}
+
+/// The master may be one that waits, which is for whoever has it to say.
+fn unblocked(master: BorrowedFd<'_>, work: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(master, FcntlArg::F_GETFL)?);
+    fcntl(master, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    let done = work();
+    fcntl(master, FcntlArg::F_SETFL(flags))?;
+    done
 }
 
 /// Modes in which what is typed is taken as it is, but lines are lines.

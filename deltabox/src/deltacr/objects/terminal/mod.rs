@@ -29,8 +29,8 @@
 //! 5. In the leader: [`bring_forward`].
 //! 6. Master outside: [`Terminal::announce_window`].
 //!
-//! Not held: output stopped by ^S where the master is outside (it goes on), times of the node in `/dev/pts`, locked modes
-//! (TIOCSLCKTRMIOS), positions in the line for the echo of tabs.
+//! Not held: output stopped by ^S where the master is outside (it goes on), what was typed where nobody has the slave,
+//! times of the node in `/dev/pts`, locked modes (TIOCSLCKTRMIOS), positions in the line for the echo of tabs.
 
 mod input;
 mod output;
@@ -114,11 +114,11 @@ impl Terminal {
     /// Reads it. `inside` tells the number inside the sandbox of a session or process group with a host number.
     ///
     /// # Errors
-    /// `Discipline`, `PacketStatus`; or the kernel's word.
+    /// `Discipline`, `PacketStatus`: nothing was touched. Or the kernel's word; if that is about what was typed or written,
+    /// some of it is lost.
     pub fn read(pair: Pair<'_>, place: Place, inside: impl Fn(pid_t) -> Option<pid_t>) -> Result<Self, ObjectError> {
         let Pair { master, slave, .. } = pair;
-        let (told, look) = (failed("ask a terminal"), failed("look at a terminal"));
-        let index = ask(master, Ask::Index).map_err(told)?;
+        let index = ask(master, Ask::Index).map_err(failed("ask a terminal"))?;
         let discipline = ask(slave.unwrap_or(master), Ask::Discipline).map_err(failed("ask a terminal"))?;
         if discipline != N_TTY {
             return Err(ObjectRefusal::Discipline { index, discipline }.into());
@@ -129,23 +129,24 @@ impl Terminal {
             Ok::<_, ObjectError>(number.filter(|number| *number > 0).and_then(&inside))
         };
         let (session, foreground) = (number(Ask::Session)?, number(Ask::Foreground)?);
-        let node = open_node(pair.devpts, index).and_then(|node| Permissions::of(node.as_fd())).map_err(look)?;
+        let node = open_node(pair.devpts, index).and_then(|node| Permissions::of(node.as_fd()));
+        let node = node.map_err(failed("look at a terminal"))?;
         let is_exclusive = slave.map_or(Ok(0), |slave| ask(slave, Ask::Exclusive));
         let is_exclusive = is_exclusive.map_err(failed("ask a terminal"))? != 0;
         let is_locked = ask(master, Ask::Locked).map_err(failed("ask a terminal"))? != 0;
         let in_packets = ask(master, Ask::PacketMode).map_err(failed("ask a terminal"))? != 0;
-        if in_packets && place == Place::Inside && has(master, PollFlags::POLLPRI).map_err(failed("poll a master"))? {
+        let is_told = in_packets && place == Place::Inside;
+        if is_told && has(master, PollFlags::POLLPRI).map_err(failed("poll a master"))? {
             return Err(ObjectRefusal::PacketStatus { index }.into());
         }
         let own = Own::open(pair).map_err(failed("open a terminal"))?;
-        let on_hold = in_packets && place == Place::Inside;
-        if on_hold {
-            // Else it would be told of what is done here.
+        if is_told {
+            // But not of what is done here.
             order(master, Order::PacketMode(false)).map_err(failed("set up a master"))?;
         }
         let input = own.input(&modes, place == Place::Inside);
         let output = (place == Place::Inside).then(|| own.output(&modes)).transpose();
-        if on_hold {
+        if is_told {
             order(master, Order::PacketMode(true)).map_err(failed("set up a master"))?;
         }
         let input = input.map_err(failed("read what was typed at a terminal"))?;
@@ -200,7 +201,9 @@ impl Terminal {
         if let Some(slave) = pair.slave {
             order(slave, Order::Exclusive(self.is_exclusive)).map_err(put("set up a terminal"))?;
         }
-        let node = open_node(pair.devpts, self.index).and_then(|node| self.node.set(node.as_fd()));
+        // Not of this record: a caller may take a pair of another name.
+        let index = ask(pair.master, Ask::Index).map_err(put("ask a terminal"))?;
+        let node = open_node(pair.devpts, index).and_then(|node| self.node.set(node.as_fd()));
         node.map_err(put("set the owner of a terminal"))?;
         let Some(master) = &self.master else { return Ok(()) };
         let window = tty::window(pair.master).map_err(put("read the size of a terminal"))?;
@@ -247,6 +250,17 @@ impl Terminal {
     pub fn place(&self) -> Place {
         if self.master.is_some() { Place::Inside } else { Place::Outside }
     }
+}
+
+/// N of `/dev/pts/N` that a descriptor is of: master, slave or `/dev/tty`. So both sides of a pair find each other.
+///
+/// # Errors
+/// `InvalidInput`: it is a terminal of another kind; EIO: its master is closed. Or the kernel's word.
+pub fn index_of(fd: BorrowedFd<'_>) -> io::Result<i32> {
+    let device = ask(fd, Ask::Device)?.cast_unsigned();
+    // UNIX98_PTY_SLAVE_MAJOR of include/uapi/linux/major.h; new_decode_dev of include/linux/kdev_t.h.
+    let (major, minor) = ((device >> 8) & 0xfff, device & 0xff | (device >> 12) & 0xf_ff00);
+    if major == 136 { i32::try_from(minor).map_err(io::Error::other) } else { Err(io::ErrorKind::InvalidInput.into()) }
 }
 
 /// Opens the slave, locked or not: a description, which nobody gets as controlling terminal by that.

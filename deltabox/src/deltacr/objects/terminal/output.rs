@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
@@ -9,10 +10,10 @@ use serde::{Deserialize, Serialize};
 
 use super::input::KEPT_BYTES;
 use super::{has, open_slave};
-use crate::sys::tty::{Modes, Order, order, set_modes};
+use crate::sys::tty::{Ask, Modes, Order, ask, order, set_modes};
 
-/// Bytes per read (from the kernel: all that its queue has).
-const READ_BYTES: usize = 64 << 10;
+/// How long the kernel may take to move what was written on (chosen: a thread of its does it, in microseconds).
+const MOVE_PATIENCE: Duration = Duration::from_millis(100);
 
 /// What was written.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,20 +26,13 @@ pub(super) struct Output {
 impl Output {
     /// Takes it. `slave` does not wait; packet mode is off.
     pub(super) fn take(master: BorrowedFd<'_>, slave: Option<BorrowedFd<'_>>) -> io::Result<Self> {
-        let mut bytes = Vec::new();
-        // What is there before a read makes room: nobody writes.
+        let (mut bytes, mut buffer) = (Vec::new(), [0; KEPT_BYTES + 1]);
         while has(master, PollFlags::POLLIN)? {
-            let start = bytes.len();
-            bytes.resize(start + READ_BYTES, 0);
-            let n = match nix::unistd::read(master, &mut bytes[start..]) {
-                Ok(n) => n,
+            match nix::unistd::read(master, &mut buffer) {
+                Ok(n @ 1..) => bytes.extend_from_slice(&buffer[..n]),
                 // The slave is closed, and this was all.
-                Err(Errno::EIO | Errno::EAGAIN) => 0,
+                Ok(0) | Err(Errno::EIO | Errno::EAGAIN) => break,
                 Err(errno) => return Err(errno.into()),
-            };
-            bytes.truncate(start + n);
-            if n == 0 {
-                break;
             }
         }
         // With nothing to be shown there is room, unless it may not write.
@@ -48,13 +42,9 @@ impl Output {
 
     /// Writes it again, as it is. Packet mode is off.
     pub(super) fn give(&self, master: BorrowedFd<'_>, slave: Option<BorrowedFd<'_>>, modes: &Modes) -> io::Result<()> {
-        // What the master keeps itself is put there, so that the rest has to fit into the queue before it only.
-        let is_put_in = slave.is_none() || self.is_stopped || self.bytes.len() > KEPT_BYTES;
-        let n = if is_put_in { self.bytes.len().min(KEPT_BYTES) } else { 0 };
-        let (kept, rest) = self.bytes.split_at(n);
-        kept.iter().try_for_each(|byte| order(master, Order::Type(*byte)))?;
-        if rest.is_empty() {
-            return Ok(());
+        // Without anybody who may write, what the master keeps itself is put there.
+        if (slave.is_none() || self.is_stopped) && self.bytes.len() <= KEPT_BYTES {
+            return self.bytes.iter().try_for_each(|byte| order(master, Order::Type(*byte)));
         }
         let opened;
         let slave = if let Some(slave) = slave {
@@ -71,7 +61,7 @@ impl Output {
         let mut plain = *modes;
         plain.output &= !libc::OPOST;
         set_modes(slave, &plain)?;
-        let written = write_all(slave, rest);
+        let written = send(slave, master, &self.bytes);
         set_modes(slave, modes)?;
         if self.is_stopped {
             self.stop(slave, modes)?;
@@ -102,17 +92,47 @@ impl Output {
     }
 }
 
-/// Writes to a side that does not wait, in portions that the kernel's queue packs well (measured: 22048 bytes fit in
-/// portions of 1000, 13824 in one).
-pub(super) fn write_all(side: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
-    const PORTION_BYTES: usize = 1000;
-    for mut portion in bytes.chunks(PORTION_BYTES) {
-        while !portion.is_empty() {
-            match nix::unistd::write(side, portion) {
-                Ok(n @ 1..) => portion = &portion[n..],
-                Ok(_) | Err(Errno::EAGAIN) => return Err(io::ErrorKind::WriteZero.into()),
-                Err(errno) => return Err(errno.into()),
-            }
+/// Sends bytes from a side that does not wait to the other, which has nothing to be read.
+///
+/// ```text
+/// side --> queue of buffers, 8 KB each byte of which holds two --(a thread of the kernel's)--> 4095 bytes --> other
+/// ```
+/// What filled the queue has to fit again. A portion that does not fit into the last buffer gets one as long as itself,
+/// rounded to 256; there is room for one more as long as all buffers together have not more than 8 KB (`tty_buffer_alloc`
+/// of drivers/tty/tty_buffer.c). So portions are small, and the last one as large as can be.
+///
+/// # Errors
+/// `WriteZero`: it does not fit.
+pub(super) fn send(side: BorrowedFd<'_>, other: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
+    let (first, rest) = bytes.split_at(bytes.len().min(KEPT_BYTES));
+    send_portions(side, first)?;
+    if rest.is_empty() {
+        return Ok(());
+    }
+    // Only once it was moved on is the queue as empty as it gets.
+    let end = Instant::now() + MOVE_PATIENCE;
+    while usize::try_from(ask(other, Ask::Readable)?).unwrap_or(0) < first.len() {
+        if Instant::now() > end {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        std::thread::yield_now();
+    }
+    send_portions(side, rest)
+}
+
+/// Sends bytes to a side that has its 4095 already.
+///
+/// # Errors
+/// `WriteZero`: they do not fit.
+pub(super) fn send_portions(side: BorrowedFd<'_>, mut bytes: &[u8]) -> io::Result<()> {
+    const SMALL_BYTES: usize = 256;
+    const LARGE_BYTES: usize = 3584;
+    while !bytes.is_empty() {
+        let portion_bytes = if has(side, PollFlags::POLLOUT)? { SMALL_BYTES } else { LARGE_BYTES };
+        match nix::unistd::write(side, &bytes[..bytes.len().min(portion_bytes)]) {
+            Ok(n @ 1..) => bytes = &bytes[n..],
+            Ok(_) | Err(Errno::EAGAIN) => return Err(io::ErrorKind::WriteZero.into()),
+            Err(errno) => return Err(errno.into()),
         }
     }
     Ok(())

@@ -33,9 +33,7 @@ impl Both {
     fn again(record: &Terminal) -> Self {
         let mut made = Self::new();
         // Its name is free or not, which is another test's matter.
-        let index = ask(made.master.as_fd(), Ask::Index).unwrap();
-        let renamed = Terminal { index, ..record.clone() };
-        renamed.put_back(made.pair()).unwrap();
+        record.put_back(made.pair()).unwrap();
         if record.master.as_ref().is_some_and(|master| master.is_locked) {
             order(made.master.as_fd(), Order::Lock(false)).unwrap();
         }
@@ -45,8 +43,19 @@ impl Both {
 
     fn type_in(&self, bytes: &[u8]) {
         assert_eq!(nix::unistd::write(&self.master, bytes).unwrap(), bytes.len());
-        // The kernel looks at it now.
+        // The kernel looks at it now, unless there is something to be read already.
         has(self.slave.as_fd(), PollFlags::POLLIN).unwrap();
+    }
+
+    /// What has been shown, once it is so much.
+    fn shows(&self, n: usize) -> Vec<u8> {
+        let mut all = self.shown();
+        while all.len() < n {
+            let mut fds = [PollFd::new(self.master.as_fd(), PollFlags::POLLIN)];
+            assert_eq!(poll(&mut fds, PollTimeout::from(5000_u16)), Ok(1), "{all:?}");
+            all.extend(self.shown());
+        }
+        all
     }
 
     /// What a program that reads gets, one entry for each read.
@@ -76,6 +85,13 @@ impl Both {
     }
 }
 
+/// Waits until the other side is closed: a child of another test has it until its exec.
+fn is_left_alone(fd: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::empty())];
+    poll(&mut fds, PollTimeout::from(5000_u16)).unwrap();
+    fds[0].revents().unwrap().contains(PollFlags::POLLHUP)
+}
+
 fn raw(modes: &mut Modes) {
     modes.input = 0;
     modes.local &= !(libc::ICANON | libc::ECHO | libc::ISIG | libc::IEXTEN);
@@ -85,7 +101,8 @@ fn raw(modes: &mut Modes) {
 fn lines_ends_and_the_line_being_typed_are_still_there_and_come_back() {
     let both = Both::new();
     both.type_in(b"one\rtwo\x04\x04lit\x16\x04eral\npart");
-    assert_eq!(both.shown(), b"one\r\ntwolit^\x08^Deral\r\npart");
+    let echo = b"one\r\ntwolit^\x08^Deral\r\npart";
+    assert_eq!(both.shows(echo.len()), echo);
     let record = both.read(Place::Inside);
     // Nothing was echoed again, and nothing typed is missing.
     assert!(both.shown().is_empty());
@@ -164,10 +181,26 @@ fn more_than_fits_into_a_terminal_is_typed_again() {
 }
 
 #[test]
+fn more_lines_than_fit_into_a_terminal_are_typed_again() {
+    let both = Both::new();
+    both.change(|modes| modes.local &= !libc::ECHO);
+    // As much as it takes at once, and what waits before it.
+    let line = [b"x".repeat(99), b"\n".to_vec()].concat();
+    for _ in 0..90 {
+        both.type_in(&line);
+    }
+    let record = both.read(Place::Inside);
+    let made = Both::again(&record);
+    for both in [&both, &made] {
+        let lines = both.reads();
+        assert!(lines.len() == 90 && lines.iter().all(|one| *one == line), "{} lines", lines.len());
+    }
+}
+
+#[test]
 fn what_was_written_and_not_shown_yet_is_shown_once() {
     let both = Both::new();
-    let text: Vec<u8> = b"a line\n".repeat(2000);
-    assert_eq!(nix::unistd::write(&both.slave, &text).unwrap(), text.len());
+    output::send(both.slave.as_fd(), both.master.as_fd(), &b"a line\n".repeat(2000)).unwrap();
     let record = both.read(Place::Inside);
     let shown = both.shown();
     assert!(shown == b"a line\r\n".repeat(2000));
@@ -180,14 +213,15 @@ fn what_was_written_and_not_shown_yet_is_shown_once() {
 
 #[test]
 fn all_that_fits_into_a_terminal_fits_again() {
-    for portion in [7, 1000, 4096] {
+    for portion in [1, 7, 80, 998, 1000, 1792, 4096] {
         let both = Both::new();
         both.change(|modes| modes.output &= !libc::OPOST);
         let portion = vec![b'x'; portion];
         let mut n = 0;
         // The kernel moves it on, and makes room, when it likes.
-        while let Ok(more @ 1..) = nix::unistd::write(&both.slave, &portion) {
-            n += more;
+        let end = std::time::Instant::now() + std::time::Duration::from_millis(20);
+        while std::time::Instant::now() < end {
+            n += nix::unistd::write(&both.slave, &portion).unwrap_or(0);
         }
         let record = both.read(Place::Inside);
         assert_eq!((both.shown().len(), Both::again(&record).shown().len()), (n, n));
@@ -241,10 +275,9 @@ fn modes_size_owner_and_flags_come_back() {
     crate::sys::fs::chmod(both.slave.as_fd(), 0o600).unwrap();
     let record = both.read(Place::Inside);
     let made = Both::new();
+    record.put_back(made.pair()).unwrap();
     let index = ask(made.master.as_fd(), Ask::Index).unwrap();
-    let renamed = Terminal { index, ..record };
-    renamed.put_back(made.pair()).unwrap();
-    assert_eq!(made.read(Place::Inside), renamed);
+    assert_eq!(made.read(Place::Inside), Terminal { index, ..record });
     let asked = |fd: &OwnedFd, what| ask(fd.as_fd(), what).unwrap();
     assert_eq!((asked(&made.slave, Ask::Exclusive), asked(&made.master, Ask::Locked)), (1, 1));
 }
@@ -285,15 +318,17 @@ fn a_master_without_slaves_keeps_what_it_shows_and_whether_it_was_hung_up() {
         if was_open {
             let slave = open_slave(master.as_fd(), libc::O_RDWR).unwrap();
             nix::unistd::write(&slave, &[b'x'; 6000]).unwrap();
+            drop(slave);
+            assert!(is_left_alone(&master));
         }
         let pair = Pair { devpts: devpts.as_fd(), master: master.as_fd(), slave: None };
         let record = Terminal::read(pair, Place::Inside, |_| None).unwrap();
         let made = open_master(devpts.as_fd()).unwrap();
-        let index = ask(made.as_fd(), Ask::Index).unwrap();
-        let pair = Pair { devpts: devpts.as_fd(), master: made.as_fd(), slave: None };
-        Terminal { index, ..record }.put_back(pair).unwrap();
+        record.put_back(Pair { devpts: devpts.as_fd(), master: made.as_fd(), slave: None }).unwrap();
         for master in [&master, &made] {
-            assert_eq!(has(master.as_fd(), PollFlags::POLLHUP).unwrap(), was_open);
+            let is_hung_up =
+                if was_open { is_left_alone(master) } else { has(master.as_fd(), PollFlags::POLLHUP).unwrap() };
+            assert_eq!(is_hung_up, was_open);
             let mut buffer = [0; 5000];
             nix::fcntl::fcntl(master, nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
             let mut n = 0;
@@ -306,6 +341,17 @@ fn a_master_without_slaves_keeps_what_it_shows_and_whether_it_was_hung_up() {
             assert_eq!(nix::unistd::read(master, &mut buffer), Err(expected));
         }
     }
+}
+
+#[test]
+fn both_sides_know_which_pair_they_are() {
+    let both = Both::new();
+    let index = ask(both.master.as_fd(), Ask::Index).unwrap();
+    assert_eq!(index_of(both.master.as_fd()).unwrap(), index);
+    assert_eq!(index_of(both.slave.as_fd()).unwrap(), index);
+    let dead = make_dead(both.devpts.as_fd(), libc::O_RDWR).unwrap();
+    assert!(is_left_alone(&dead) && index_of(dead.as_fd()).is_err());
+    assert!(index_of(tempfile::tempfile().unwrap().as_fd()).is_err());
 }
 
 #[test]
@@ -331,6 +377,7 @@ fn a_pair_gets_its_name_back_only_if_it_is_free() {
 #[test]
 fn a_terminal_that_was_hung_up_stays_so() {
     let slave = make_dead(devpts().as_fd(), libc::O_RDWR).unwrap();
+    assert!(is_left_alone(&slave));
     assert_eq!(nix::unistd::read(&slave, &mut [0; 1]), Ok(0));
     assert_eq!(nix::unistd::write(&slave, b"x"), Err(Errno::EIO));
     let link =
