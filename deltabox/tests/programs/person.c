@@ -122,6 +122,8 @@ static void begin_thread(int k) {
         snprintf(name, sizeof name, "a\n\\ %d)", k);
         MUST(prctl(PR_SET_NAME, name));
         MUST(personality(k ? ADDR_NO_RANDOMIZE : 0));
+        // One has a umask of its own.
+        if (k == 1) { MUST(unshare(CLONE_FS)); umask(026); }
     }
     // Last: all of the above forgets it.
     if (has("habits") || has("ids")) MUST(prctl(PR_SET_PDEATHSIG, k == 1 ? 0 : SIGWINCH));
@@ -130,6 +132,7 @@ static void begin_thread(int k) {
 }
 static void change_thread(int k) {
     if (has("habits")) {
+        if (k == 1) umask(011);
         char name[16];
         snprintf(name, sizeof name, "other %d", k);
         MUST(prctl(PR_SET_NAME, name));
@@ -172,6 +175,11 @@ static const char *compare_thread(int k) {
         snprintf(name, sizeof name, "a\n\\ %d)", k);
         MUST(prctl(PR_GET_NAME, is));
         if (strcmp(name, is)) return "name";
+        if (k == 1) {
+            mode_t is = umask(0);
+            umask(is);
+            if (is != 026) return "umask of a thread";
+        }
         if ((personality(0xffffffff) & ADDR_NO_RANDOMIZE) != (k ? ADDR_NO_RANDOMIZE : 0)) return "personality";
     }
     int signal;
