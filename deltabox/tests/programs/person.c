@@ -20,7 +20,7 @@ static pthread_barrier_t together;
 static const char *wrong;
 static char letter;
 static int nice_then;
-static pid_t group_then, session_then;
+static pid_t group_then, session_then, member;
 
 static int read_all(void *to, size_t n) {
     for (size_t got = 0; got < n;) {
@@ -122,6 +122,8 @@ static void begin_thread(int k) {
         snprintf(name, sizeof name, "a\n\\ %d)", k);
         MUST(prctl(PR_SET_NAME, name));
         MUST(personality(k ? ADDR_NO_RANDOMIZE : 0));
+        // One has a umask of its own.
+        if (k == 1) { MUST(unshare(CLONE_FS)); umask(026); }
     }
     // Last: all of the above forgets it.
     if (has("habits") || has("ids")) MUST(prctl(PR_SET_PDEATHSIG, k == 1 ? 0 : SIGWINCH));
@@ -130,6 +132,7 @@ static void begin_thread(int k) {
 }
 static void change_thread(int k) {
     if (has("habits")) {
+        if (k == 1) umask(011);
         char name[16];
         snprintf(name, sizeof name, "other %d", k);
         MUST(prctl(PR_SET_NAME, name));
@@ -172,6 +175,11 @@ static const char *compare_thread(int k) {
         snprintf(name, sizeof name, "a\n\\ %d)", k);
         MUST(prctl(PR_GET_NAME, is));
         if (strcmp(name, is)) return "name";
+        if (k == 1) {
+            mode_t is = umask(0);
+            umask(is);
+            if (is != 026) return "umask of a thread";
+        }
         if ((personality(0xffffffff) & ADDR_NO_RANDOMIZE) != (k ? ADDR_NO_RANDOMIZE : 0)) return "personality";
     }
     int signal;
@@ -219,7 +227,12 @@ static void begin(void) {
         MUST(kill(child, SIGKILL));
         MUST(waitpid(child, NULL, 0));
     }
-    if (has("leader")) MUST(setpgid(0, 0));
+    if (has("leader") || has("pair")) MUST(setpgid(0, 0));
+    if (has("pair")) MUST(member = fork());
+    if (has("pair") && member == 0) {
+        MUST(prctl(PR_SET_PDEATHSIG, SIGKILL));
+        for (;;) pause();
+    }
     if (has("session")) MUST(setsid());
     if (has("limits")) { limit(RLIMIT_NOFILE, 100); limit(RLIMIT_CORE, 0); limit(RLIMIT_STACK, 1 << 20); limit(RLIMIT_MEMLOCK, 4096); }
     if (has("habits")) umask(027);
@@ -241,7 +254,8 @@ static void begin(void) {
 }
 static void change(void) {
     if (has("group") || has("lonely")) MUST(setpgid(0, 0));
-    if (has("leader")) MUST(setpgid(0, getpgid(getppid())));
+    if (has("pair")) MUST(setpgid(member, member));
+    if (has("leader") || has("pair")) MUST(setpgid(0, getpgid(getppid())));
     if (has("limits")) { limit(RLIMIT_NOFILE, 50); limit(RLIMIT_CORE, 4096); limit(RLIMIT_STACK, 2 << 20); limit(RLIMIT_MEMLOCK, 0); }
     if (has("habits")) umask(077);
     if (has("traits")) {
@@ -263,6 +277,7 @@ static void change(void) {
     if (has("keyring")) MUST(syscall(SYS_keyctl, 0, -2, 1));
 }
 static const char *compare(void) {
+    if (has("pair") && getpgid(member) != getpid()) return "process group of its child";
     if (getpgid(0) != group_then) return "process group";
     if (getsid(0) != session_then) return "session";
     if (has("limits") && !(is_limit(RLIMIT_NOFILE, 100) && is_limit(RLIMIT_CORE, 0) && is_limit(RLIMIT_STACK, 1 << 20) && is_limit(RLIMIT_MEMLOCK, 4096))) return "limits";

@@ -47,6 +47,10 @@ fn measure_all(kinds: &str) {
     measure_one(&mut target, "  all read, judged, nothing to put back", false, |stopped| {
         person.put_back(stopped, pid).expect("put back");
     });
+    measure_one(&mut target, "  known to be as it was, not put back", false, |stopped| {
+        person.put_back_from(&person, stopped, pid).expect("put back");
+        person.signals.put_back_from(&person.signals, stopped, pid).expect("put back");
+    });
     measure_one(&mut target, "  all read, judged, put back, looked at again", true, |stopped| {
         person.put_back(stopped, pid).expect("put back");
     });
@@ -59,5 +63,5 @@ fn measure() {
     // 1 thread, 3, and 23.
     measure_all("single,habits,limits,schedule,traits");
     measure_all("habits,limits,schedule,traits,caps");
-    measure_all("many");
+    measure_all("many,habits,limits,schedule,traits,caps");
 }

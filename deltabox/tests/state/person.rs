@@ -123,6 +123,31 @@ fn a_group_that_is_gone_is_named() {
     }
 }
 
+/// A group that all have left is made again by its leader, and only then there is one for the others.
+#[test]
+fn a_group_comes_back_with_its_leader_first() {
+    for place in [Where::Host, Where::Sandbox] {
+        let (mut target, pid) = start("single,pair", place);
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).expect("children");
+        let child: pid_t = children.trim().parse().expect("one child");
+        let (leader, member) = target.group.stopped(|stopped| {
+            let mut read = |pid| Person::read(stopped, pid).expect("read");
+            (read(pid), read(child))
+        });
+        for _ in 0..2 {
+            assert_eq!(tell(&mut target, b'm'), "ok");
+            assert!(tell(&mut target, b'c').starts_with("bad"));
+            let error = put_back(&target, child, &member).expect_err("the group is gone");
+            assert!(matches!(error, StateError::Impossible(_)), "{error}");
+            target.group.stopped(|stopped| {
+                leader.put_back(stopped, pid).expect("the leader");
+                member.put_back(stopped, child).expect("the other");
+            });
+            assert_eq!(tell(&mut target, b'c'), "ok", "{place:?}");
+        }
+    }
+}
+
 #[test]
 fn keys_of_a_process_are_refused() {
     let (mut target, pid) = start("keyring", Where::Host);

@@ -2,7 +2,8 @@
 //!
 //! None but the thread itself is told PDEATHSIG (and securebits, and its signal stack): that is why each thread of a
 //! process needs a hand. A new thread or process has no PDEATHSIG, a change of credentials forgets it.
-//! The umask belongs to what threads share as a rule (CLONE_FS): each gets its own back, which is the same then.
+//! The umask belongs to what threads share as a rule (CLONE_FS): it comes back with that of the first thread then. One that
+//! has unshared it gets its own. Made again as sharing it, threads with different umasks do not come back (an error).
 
 use serde::{Deserialize, Serialize};
 
@@ -65,6 +66,15 @@ impl Habits {
             timer_slack_ns: batch.answer(asked.timer_slack)?.cast_unsigned(),
             parent_death_signal: batch.words(asked.parent_death_signal.1)[0],
         })
+    }
+
+    pub(super) fn has_same_umask(&self, other: &Self) -> bool {
+        self.umask == other.umask
+    }
+
+    /// Counts as having the umask of `other`.
+    pub(super) fn take_umask(&mut self, other: &Self) {
+        self.umask = other.umask;
     }
 
     /// The steps back from `now`. `forgotten`: credentials are put back before, and PDEATHSIG is gone; `new_policy`: the

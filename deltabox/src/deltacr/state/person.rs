@@ -30,6 +30,7 @@ use super::traits::Traits;
 use crate::deltacr::stop::Stopped;
 use crate::deltacr::tasks::read_stat;
 use crate::fault;
+use crate::sys::process::{Compared, compare};
 
 /// A process as it was.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -169,7 +170,8 @@ impl Person {
         let mut forgotten = false;
         // The first last: what it says of the memory, any of them forgets.
         for one in pairs.iter().rev() {
-            forgotten |= self.change_thread(now, stopped, (pid, one))?;
+            let is_told = pairs.first().is_some_and(|first| self.umask_comes_with(first, one, now));
+            forgotten |= self.change_thread(now, stopped, (pid, one), is_told)?;
             fault::point("state.thread").map_err(process("put back", pid))?;
         }
         self.change_process(now, stopped, (pid, hosts[0]), forgotten)?;
@@ -191,15 +193,30 @@ impl Person {
         }
     }
 
-    /// Whether credentials were changed.
+    /// Whether a thread has its umask together with the first, which had the same: one hand less in each, as a rule.
+    fn umask_comes_with(&self, first: &Pair, one: &Pair, now: &Self) -> bool {
+        let was = |pair: &Pair| &self.threads[pair.was].habits;
+        one.now != first.now
+            && was(one).has_same_umask(was(first))
+            && !was(one).has_same_umask(&now.threads[one.now].habits)
+            // A failure costs a hand.
+            && compare(first.host, one.host, Compared::Places).is_ok_and(std::cmp::Ordering::is_eq)
+    }
+
+    /// Whether credentials were changed. `has_umask`: its umask comes back with that of another thread.
     fn change_thread(
         &self,
         now: &Self,
         stopped: &mut Stopped,
         (pid, pair): (pid_t, &Pair),
+        has_umask: bool,
     ) -> Result<bool, StateError> {
-        let (was, is) = (&self.threads[pair.was], &now.threads[pair.now]);
-        if was == is {
+        let was = &self.threads[pair.was];
+        let mut is = now.threads[pair.now].clone();
+        if has_umask {
+            is.habits.take_umask(&was.habits);
+        }
+        if *was == is {
             return Ok(false);
         }
         was.schedule.change(&is.schedule, pid, pair.host)?;
