@@ -22,6 +22,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{Whence, lseek};
 use serde::{Deserialize, Serialize};
 
+use super::objects::Permissions;
 use super::reopen::reopen;
 use super::template::{Mapping, read_maps};
 use crate::sys::stat::stat;
@@ -54,6 +55,7 @@ struct Object {
     at: u64,
     /// `F_SEAL_*` of a memfd.
     seals: i32,
+    permissions: Permissions,
 }
 
 /// Such memory, found at a process.
@@ -124,7 +126,15 @@ impl SharedMemory {
                 })?;
                 at += range.end - range.start;
             }
-            objects.push(Object { key: *key, name: name.clone(), len_bytes, data, at: begin, seals: seals(file) });
+            objects.push(Object {
+                key: *key,
+                name: name.clone(),
+                len_bytes,
+                data,
+                at: begin,
+                seals: seals(file),
+                permissions: Permissions::of(file.as_fd())?,
+            });
         }
         Ok(Self { objects, path: Some(path.to_owned()) })
     }
@@ -196,6 +206,7 @@ impl Object {
         let name = CString::new(name.unwrap_or("shared"))?;
         let file = File::from(memfd_create(name.as_c_str(), MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
         file.set_len(self.len_bytes)?;
+        self.permissions.set(file.as_fd())?;
         let look = stat(file.as_fd())?;
         Ok(Now { was: self.key, is: (look.dev, look.ino), file })
     }
@@ -349,7 +360,15 @@ mod tests {
         file.write_all_at(b"later", 600_000).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let data = scan_data(&file, 1 << 20).unwrap();
-        let mut object = Object { key, name: String::new(), len_bytes: 1 << 20, data, at: 0, seals: libc::F_SEAL_SEAL };
+        let mut object = Object {
+            key,
+            name: String::new(),
+            len_bytes: 1 << 20,
+            data,
+            at: 0,
+            seals: libc::F_SEAL_SEAL,
+            permissions: Permissions::of(file.as_fd()).unwrap(),
+        };
         let content = File::options().read(true).write(true).create_new(true).open(dir.path().join("content")).unwrap();
         let mut at = 0;
         for range in &object.data {

@@ -9,13 +9,13 @@ mod target;
 mod terminals;
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use deltabox::deltacr::LastCall;
 use deltabox::deltacr::objects::{
-    Epoll, Eventfd, Holder, Memfd, ObjectError, ObjectKind, ObjectRefusal, Owning, Pidfd, Pipe, Settings, Signalfd,
-    Spare, Timerfd, copy_content, kind_of, leads_out,
+    Epoll, Eventfd, Holder, ObjectError, ObjectKind, ObjectRefusal, Owning, Pidfd, Pipe, Settings, Signalfd, Spare,
+    Timerfd, kind_of, leads_out,
 };
 use deltabox::deltacr::stop::Stopped;
 use deltabox::sys::process::{pidfd_getfd, pidfd_open};
@@ -82,13 +82,12 @@ const TI: i32 = 103;
 const SG: i32 = 104;
 const EP: i32 = 105;
 const IN: i32 = 106;
-const ME: i32 = 107;
-const PS: i32 = 108;
-const PE: i32 = 109;
-const WO: i32 = 110;
-const RO: i32 = 111;
-const AR: i32 = 112;
-const AW: i32 = 113;
+const PS: i32 = 107;
+const PE: i32 = 108;
+const WO: i32 = 109;
+const RO: i32 = 110;
+const AR: i32 = 111;
+const AW: i32 = 112;
 
 /// All that the program has.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
@@ -100,8 +99,6 @@ struct Everything {
     timer: Timerfd,
     signals: Signalfd,
     epolls: Vec<(i32, Epoll)>,
-    memory: Memfd,
-    content: Vec<u8>,
     pidfds: Vec<(i32, Pidfd)>,
 }
 
@@ -112,7 +109,6 @@ fn read(pid: libc::pid_t) -> Everything {
         (TI, ObjectKind::Timerfd),
         (SG, ObjectKind::Signalfd),
         (EP, ObjectKind::Epoll),
-        (ME, ObjectKind::Memfd),
         (PE, ObjectKind::Pidfd),
     ];
     for (number, expected) in kinds {
@@ -135,8 +131,6 @@ fn read(pid: libc::pid_t) -> Everything {
         let holders = [Holder { task: pid, number }];
         (number, Epoll::read(&fdinfo(pid, number), &holders).expect("an epoll instance"))
     };
-    let content = tempfile::tempfile().expect("a file");
-    copy_content(copies[&ME].as_fd(), &content).expect("content");
     let pidfd = |number| (number, Pidfd::parse(&fdinfo(pid, number), 0).expect("a pidfd"));
     Everything {
         settings: copies.iter().map(|(number, fd)| (*number, settings(fd))).collect(),
@@ -145,17 +139,8 @@ fn read(pid: libc::pid_t) -> Everything {
         timer: Timerfd::read(copies[&TI].as_fd()).expect("a timer"),
         signals: Signalfd::read(copies[&SG].as_fd()).expect("a signalfd"),
         epolls: vec![epoll(EP), epoll(IN)],
-        memory: Memfd::read(&[copies[&ME].as_fd()]).expect("a memfd"),
-        content: bytes(&content),
         pidfds: vec![pidfd(PS), pidfd(PE)],
     }
-}
-
-fn bytes(file: &File) -> Vec<u8> {
-    use std::os::unix::fs::FileExt;
-    let mut bytes = vec![0; usize::try_from(file.metadata().expect("a size").len()).expect("a size")];
-    file.read_exact_at(&mut bytes, 0).expect("read");
-    bytes
 }
 
 fn put_back(stopped: &mut Stopped, pid: libc::pid_t, all: &Everything) {
@@ -167,10 +152,6 @@ fn put_back(stopped: &mut Stopped, pid: libc::pid_t, all: &Everything) {
     made.push((TI, all.timer.make().expect("a timer")));
     made.push((SG, all.signals.make().expect("a signalfd")));
     made.extend(all.epolls.iter().map(|(number, epoll)| (*number, epoll.make().expect("an epoll instance"))));
-    let content = tempfile::tempfile().expect("a file");
-    std::os::unix::fs::FileExt::write_all_at(&content, &all.content, 0).expect("write");
-    let memory = all.memory.make(&content).expect("a memfd").seal().expect("seals");
-    made.extend(memory.into_iter().map(|fd| (ME, fd)));
     for (number, pidfd) in &all.pidfds {
         assert!(pidfd.pid().is_none_or(|found| found == pid));
         made.push((*number, pidfd.make(pidfd.pid()).expect("a pidfd")));
@@ -212,7 +193,7 @@ fn everything_comes_back_and_goes_on() {
         target.group.stopped(|stopped| put_back(stopped, pid, &all));
         let now = target.group.stopped(|_| read(pid));
         assert_eq!(now.settings, all.settings);
-        assert_eq!((&now.pipes, &now.content, &now.pidfds), (&all.pipes, &all.content, &all.pidfds));
+        assert_eq!((&now.pipes, &now.pidfds), (&all.pipes, &all.pidfds));
         assert_eq!(tell(&mut target, b'c'), "ok");
         target.group.stopped(|stopped| put_back(stopped, pid, &all));
     }

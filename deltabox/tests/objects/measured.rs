@@ -3,19 +3,16 @@
 #![expect(clippy::print_stdout, reason = "a measurement is printed")]
 
 use std::io::Write;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use deltabox::deltacr::objects::terminal::{Pair, Place, Terminal, open_slave};
-use deltabox::deltacr::objects::{
-    Epoll, Eventfd, Holder, Memfd, Pidfd, Pipe, Settings, Signalfd, Spare, Timerfd, copy_content, own_fdinfo,
-};
+use deltabox::deltacr::objects::{Epoll, Eventfd, Holder, Pidfd, Pipe, Settings, Signalfd, Spare, Timerfd, own_fdinfo};
 use deltabox::sys::process::pidfd_open;
 use deltabox::sys::{notify, timer};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::epoll::{Epoll as Instance, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::EventFd;
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::Mode;
 
 const N: usize = 2000;
@@ -67,7 +64,6 @@ fn measured_costs_of_each_kind() {
     show("signalfd: read, with fdinfo", || Signalfd::read(signals.as_fd()).expect("a signalfd"));
     show("signalfd: make", || record.make().expect("a signalfd"));
     epoll();
-    memfd();
     let own = pidfd_open(nix::unistd::getpid().as_raw()).expect("a pidfd");
     let record = Pidfd::parse(&own_fdinfo(own.as_fd()).expect("fdinfo"), 0).expect("a pidfd");
     show("pidfd: make", || record.make(record.pid()).expect("a pidfd"));
@@ -106,22 +102,6 @@ fn epoll() {
     show("epoll, 10 targets: fdinfo", || own_fdinfo(instance.0.as_fd()).expect("fdinfo"));
     show("epoll, 10 targets: read", || Epoll::read(&fdinfo, &[holder]).expect("an epoll instance"));
     show("epoll: make", || record.make().expect("an epoll instance"));
-}
-
-fn memfd() {
-    for size in [4096, 1 << 20] {
-        let old = memfd_create(c"x", MFdFlags::MFD_ALLOW_SEALING).expect("a memfd");
-        nix::unistd::write(&old, &vec![b'x'; size]).expect("write");
-        let fds: [BorrowedFd<'_>; 1] = [old.as_fd()];
-        let record = Memfd::read(&fds).expect("a memfd");
-        let content = std::fs::File::from(memfd_create(c"content", MFdFlags::empty()).expect("a file"));
-        copy_content(old.as_fd(), &content).expect("content");
-        show(&format!("memfd, {size} B: read"), || Memfd::read(&fds).expect("a memfd"));
-        show(&format!("memfd, {size} B: content"), || copy_content(old.as_fd(), &content).expect("content"));
-        show(&format!("memfd, {size} B: make and seal"), || {
-            record.make(&content).expect("a memfd").seal().expect("seals")
-        });
-    }
 }
 
 fn terminal(name: &str, typed: &[u8], place: Place) {

@@ -130,6 +130,8 @@ enum What {
         terminal: usize,
         is_master: bool,
     },
+    /// The slave of a terminal whose master is gone.
+    DeadTerminal,
 }
 
 /// What was read, and what belongs to it.

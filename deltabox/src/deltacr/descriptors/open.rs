@@ -13,7 +13,7 @@ use nix::unistd::{Whence, lseek};
 use super::donors::Donors;
 use super::terminals::{find_master, open_devpts};
 use super::{Cwd, Description, DescriptorError, Held, What};
-use crate::deltacr::objects::terminal::{Pair, Place, Terminal, open_slave};
+use crate::deltacr::objects::terminal::{Pair, Place, Terminal, make_dead, open_slave};
 use crate::deltacr::objects::{ObjectError, Pidfd};
 use crate::deltacr::reopen::{OPENING, make_gone, reopen};
 use crate::deltacr::shared::Present;
@@ -50,7 +50,8 @@ impl Held {
         let failed = |op| move |source| DescriptorError::Process { op, pid: init, source };
         let around = Root::of(init).map_err(failed("find the root"))?;
         let mut donors = Donors::find(stopped, init, self);
-        let devpts = (!self.terminals.is_empty()).then(|| open_devpts(init)).transpose();
+        let has_dead = self.descriptions.iter().any(|one| matches!(one.what, What::DeadTerminal));
+        let devpts = (has_dead || !self.terminals.is_empty()).then(|| open_devpts(init)).transpose();
         let devpts = devpts.map_err(failed("open /dev/pts"))?;
         let mut masters = Vec::with_capacity(self.terminals.len());
         for terminal in &self.terminals {
@@ -74,6 +75,11 @@ impl Held {
                         false => open_slave(master.as_fd(), description.flags & libc::O_ACCMODE),
                     };
                     Some(side.map_err(file_error("open", c"a terminal"))?)
+                }
+                What::DeadTerminal => {
+                    let devpts = devpts.as_ref().ok_or_else(|| file_error("open", c"/dev/pts")(missing()))?;
+                    let made = make_dead(devpts.as_fd(), description.flags & libc::O_ACCMODE);
+                    Some(made.map_err(file_error("make", c"a terminal that was hung up"))?)
                 }
                 What::Pidfd(_) => None,
                 _ => Some(opener.description(description)?),
@@ -211,7 +217,7 @@ impl Opener<'_> {
             What::Timerfd(timerfd) => timerfd.make().map_err(file_error("make", c"a timer")),
             What::Signalfd(signalfd) => signalfd.make().map_err(file_error("make", c"a signalfd")),
             What::Epoll { epoll, .. } => epoll.make().map_err(file_error("make", c"an epoll instance")),
-            What::Outside { .. } | What::Pipe { .. } | What::Pidfd(_) | What::Terminal { .. } => {
+            What::Outside { .. } | What::Pipe { .. } | What::Pidfd(_) | What::Terminal { .. } | What::DeadTerminal => {
                 Err(file_error("open", c"a descriptor")(missing()))
             }
         }

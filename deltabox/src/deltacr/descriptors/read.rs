@@ -194,6 +194,7 @@ impl Reader<'_> {
                     }
                     terminals.note(one.pid, copy()?, is_master).map_err(io("look at a terminal"))?
                 }
+                ObjectKind::DeadTerminal => What::DeadTerminal,
                 _ => return Err(refuse(one)),
             };
             let settings = match one.kind {

@@ -51,19 +51,19 @@ impl Access {
 /// Owner and permissions of what has no name: they decide who may open it once more through `/proc/self/fd`, as
 /// `> /dev/stderr` does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Permissions {
+pub(in crate::deltacr) struct Permissions {
     uid: u32,
     gid: u32,
     mode: u32,
 }
 
 impl Permissions {
-    pub(super) fn of(fd: BorrowedFd<'_>) -> io::Result<Self> {
+    pub(in crate::deltacr) fn of(fd: BorrowedFd<'_>) -> io::Result<Self> {
         let stat = stat(fd)?;
         Ok(Self { uid: stat.uid, gid: stat.gid, mode: stat.mode & 0o7777 })
     }
 
-    pub(super) fn set(self, fd: BorrowedFd<'_>) -> io::Result<()> {
+    pub(in crate::deltacr) fn set(self, fd: BorrowedFd<'_>) -> io::Result<()> {
         let present = Self::of(fd)?;
         if (present.uid, present.gid) != (self.uid, self.gid) {
             let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
