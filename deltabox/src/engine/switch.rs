@@ -27,7 +27,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::deltacr::StopError;
-use crate::deltacr::moment::{self, Draft, How, Moment, MomentError, Return};
+use crate::deltacr::moment::{self, Draft, How, Moment, MomentError, Nursery, Return};
 use crate::deltacr::rebase::{Ahead, Missing, Opened, Plan, RebaseError};
 use crate::deltacr::stop::{Request, Stopped, Tracer, while_stopped};
 use crate::latency::{Phase, Span};
@@ -77,10 +77,8 @@ pub(super) enum Processes<'a> {
 /// What taking a moment needs to know.
 #[derive(Debug)]
 pub(super) struct TakingGround<'a> {
-    /// The cgroup above that of the processes.
-    pub(super) group: &'a Path,
-    /// With what the names of the templates' cgroups begin.
-    pub(super) prefix: &'a str,
+    /// Where the templates are born.
+    pub(super) nursery: &'a Nursery,
     /// Where to put the content of shared memory.
     pub(super) memory: &'a Path,
 }
@@ -248,8 +246,8 @@ fn move_all(
     let (n_processes, n_threads) = (stopped.processes().len(), stopped.n_threads());
     let mut take = |stopped: &mut Stopped, clock: &mut Span| -> Result<(), SwitchError> {
         let Some((ground, draft)) = &mut taken else { return Ok(()) };
-        let TakingGround { group, prefix, memory } = ground;
-        let ground = moment::Ground { root: from, init, group, prefix, memory };
+        let TakingGround { nursery, memory } = ground;
+        let ground = moment::Ground { root: from, init, nursery, memory };
         // An earlier attempt may have got further.
         if let Some(old) = draft.replace(Draft::take(stopped, &ground, Ahead::default())?) {
             old.discard();

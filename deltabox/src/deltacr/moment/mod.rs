@@ -22,7 +22,7 @@ use libc::pid_t;
 pub use error::MomentError;
 pub use plan::{How, Live, Plan};
 pub use restore::Return;
-pub use take::{Draft, Ground, remove_templates};
+pub use take::{Draft, Ground, Nursery, remove_templates};
 
 use super::descriptors::Held;
 use super::shared::SharedMemory;

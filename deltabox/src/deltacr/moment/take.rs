@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use libc::pid_t;
@@ -14,7 +16,7 @@ use crate::deltacr::shared::{Found, SharedMemory};
 use crate::deltacr::state::Person;
 use crate::deltacr::stop::{Process, Stopped};
 use crate::deltacr::table::Ahead;
-use crate::deltacr::tasks::read_identity;
+use crate::deltacr::tasks::{Lists, read_identity};
 use crate::deltacr::template::{Freezer, Outline, Request, Template, TemplateError, Threads};
 use crate::fault;
 use crate::sandbox::root::Root;
@@ -29,13 +31,62 @@ pub struct Ground<'a> {
     pub root: &'a Root,
     /// Host PID of the sandbox's init: it will be the templates' parent.
     pub init: pid_t,
-    /// The cgroup above those of the processes; those of the templates are made in it.
-    pub group: &'a Path,
-    /// With what the names of the templates' cgroups begin.
-    pub prefix: &'a str,
+    /// Where the templates are born.
+    pub nursery: &'a Nursery,
     /// Where to put the content of shared memory, a file that is not there yet.
     pub memory: &'a Path,
 }
+
+/// Empty frozen cgroups for templates, made before anybody stands still.
+#[derive(Debug)]
+pub struct Nursery {
+    /// The cgroup above those of the processes; those of the templates are made in it.
+    group: PathBuf,
+    /// With what their names begin.
+    prefix: String,
+    ready: Mutex<Vec<Freezer>>,
+    n_made: AtomicUsize,
+}
+
+impl Nursery {
+    /// Makes as many as `group/live` has processes now, at most 64.
+    pub fn new(group: &Path, prefix: String) -> Self {
+        let n = Lists::open(&group.join("live")).and_then(|lists| lists.processes()).map_or(0, |pids| pids.len());
+        let (ready, n_made) = Default::default();
+        let nursery = Self { group: group.to_owned(), prefix, ready, n_made };
+        // Init has none. What fails here fails again when it is needed, and is told then.
+        let made: Vec<_> = (1..n.min(MAX_READY)).map_while(|_| nursery.make().ok()).collect();
+        *nursery.lock() = made;
+        nursery
+    }
+
+    fn make(&self) -> Result<Freezer, TemplateError> {
+        let number = self.n_made.fetch_add(1, Ordering::Relaxed);
+        Freezer::create(&self.group, &format!("{}{number}", self.prefix))
+    }
+
+    fn take(&self) -> Result<Freezer, TemplateError> {
+        let ready = self.lock().pop();
+        ready.map_or_else(|| self.make(), Ok)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Freezer>> {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Nursery {
+    fn drop(&mut self) {
+        for unused in self.lock().drain(..) {
+            if let Err(error) = unused.remove() {
+                tracing::warn!(%error, "an empty cgroup stays until its sandbox ends");
+            }
+        }
+    }
+}
+
+/// Cgroups made ahead at most (chosen: 64 take some milliseconds).
+const MAX_READY: usize = 64;
 
 /// A moment of which something has still to be read.
 #[derive(Debug)]
@@ -175,7 +226,7 @@ fn sketch(stopped: &mut Stopped, ground: &Ground<'_>, identity: Identity) -> Res
     fault::point("moment.take").map_err(process("take", pid))?;
     let threads = Threads::read(stopped, pid)?;
     let person = Person::read(stopped, pid)?;
-    let freezer = Freezer::create(ground.group, &format!("{}{}", ground.prefix, identity.inside))?;
+    let freezer = ground.nursery.take()?;
     let request = Request { keeper: Some(ground.init), ..Request::default() };
     let (template, outline) = Template::make(stopped, pid, freezer, &request)?;
     Ok(Sketch { identity, template, outline, threads, person })

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use super::merging::no_room;
 use super::{Driver, MAX_LAYERS, io_error};
-use crate::deltacr::moment::{Draft, Moment};
+use crate::deltacr::moment::{Draft, Moment, Nursery};
 use crate::deltafs::layer::{LayerId, LiveLayer, RootLook};
 use crate::deltafs::layers::{Stack, StackError};
 use crate::engine::api::{BackReport, CheckpointReport, CheckpointRequest, PhaseTime, RollbackReport, RollbackRequest};
@@ -93,14 +93,12 @@ impl Driver {
             frozen_look = Some(look);
             next.mount.try_clone().map(Some)
         };
-        let (prefix, memory) = (format!("t{}-", id.0), dir.checkpoints().join(format!("{id}.memory")));
+        let memory = dir.checkpoints().join(format!("{id}.memory"));
+        let nursery = (!request.fs_only).then(|| Nursery::new(&unified, format!("t{}-", id.0)));
         let mut draft = None;
-        let processes = match request.fs_only {
-            true => Processes::Kept,
-            false => {
-                let ground = TakingGround { group: &unified, prefix: &prefix, memory: &memory };
-                Processes::Taken { ground, draft: &mut draft }
-            }
+        let processes = match &nursery {
+            None => Processes::Kept,
+            Some(nursery) => Processes::Taken { ground: TakingGround { nursery, memory: &memory }, draft: &mut draft },
         };
         let errand = Errand { purpose: Purpose::Freeze, processes };
         let switched = switch(&mut self.tracer, &ground, errand, walks, ready, next, span);
