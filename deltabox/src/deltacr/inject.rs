@@ -413,6 +413,11 @@ impl<'a> Hand<'a> {
             .map_err(|source| self.error("set the trace options of", source.into()))
     }
 
+    /// Its thread is no more: there is nothing to take back.
+    pub(super) fn forget(&mut self) {
+        self.closed = true;
+    }
+
     fn leave(&mut self) -> Result<(), InjectError> {
         if self.closed {
             return Ok(());

@@ -6,6 +6,7 @@ mod killed;
 mod made;
 mod measured;
 mod restored;
+mod threads;
 #[path = "../stop_inject/target.rs"]
 #[expect(dead_code, reason = "some of it is for tests of stops alone")]
 mod target;
@@ -32,8 +33,12 @@ impl Subject {
     }
 
     pub(crate) fn start_as(kinds: &str, variables: &[(&str, &str)]) -> Self {
+        Self::run("memory", kinds, variables)
+    }
+
+    pub(crate) fn run(program: &str, mode: &str, variables: &[(&str, &str)]) -> Self {
         nix::sys::prctl::set_child_subreaper(true).expect("become a subreaper");
-        Self(Target::start_as("memory", kinds, variables))
+        Self(Target::start_as(program, mode, variables))
     }
 
     pub(crate) fn freezer(&self, name: &str) -> Freezer {

@@ -14,6 +14,7 @@
 
 mod advise;
 mod error;
+mod face;
 mod freezer;
 mod make;
 mod mapping;
@@ -24,6 +25,7 @@ mod reapers;
 mod remove;
 mod restore;
 mod source;
+mod thread;
 mod threads;
 mod wares;
 

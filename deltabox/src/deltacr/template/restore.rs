@@ -1,10 +1,11 @@
 //! Back in place: a process that is still alive gets the memory and registers again that it had.
 //!
 //! ```text
-//! check    the threads are the same; a plan for the mappings; nothing is lost. Until here it is unchanged.
+//! check    it can have these threads; those that are missing are made and halted; a plan for the mappings; nothing is
+//!          lost. Until here it is unchanged.
 //! map      munmap, brk, mmap, mprotect, madvise, made by the process; then again, until the mappings are those wanted
 //! pages    which differ; dropped by the process, copied by the engine
-//! threads  registers, extended registers, signal masks
+//! threads  those that are too many end; what the kernel keeps for each
 //! ```
 //! Pages that were never written since are one page with the template's, so the work is that of what was written.
 
@@ -48,6 +49,10 @@ pub struct Report {
     pub n_equal_pages: u64,
     /// Threads whose registers were set.
     pub n_threads: usize,
+    /// Of which so many were made.
+    pub n_made_threads: usize,
+    /// Threads that were ended.
+    pub n_ended_threads: usize,
     /// Until the mappings were right.
     pub mappings: Duration,
     /// Until it was known which pages differ.
@@ -100,12 +105,21 @@ pub(in crate::deltacr) struct Tree<'a> {
 pub fn restore_in_place(stopped: &mut Stopped, pid: pid_t, past: &Past<'_>) -> Result<Report, TemplateError> {
     let begin = Instant::now();
     let Past { memory, source, threads, advice_is_unchanged, files } = *past;
-    threads.check(stopped, pid)?;
-    let mut report = Report { n_threads: threads.n_threads(), ..Report::default() };
+    let mut cast = threads.cast(stopped, pid)?;
+    threads.bear(stopped, pid, &mut cast)?;
+    let (n_made_threads, n_ended_threads) = cast.counts();
+    let n_threads = threads.n_threads();
+    let mut report = Report { n_threads, n_made_threads, n_ended_threads, ..Report::default() };
+    let mapped = put_mappings(stopped, pid, past, &mut report);
+    if mapped.is_err() {
+        // The first failure is the one to report.
+        let _ = cast.unmake(stopped, pid);
+    }
+    mapped?;
+    threads.unregister(stopped, pid, &cast)?;
+    report.mappings = begin.elapsed();
     let mut hand = stopped.hand(pid)?;
     let room = Room { pid, area: hand.area(), memory, advice_is_unchanged, files };
-    room.put_mappings(&mut hand, source, &mut report)?;
-    report.mappings = begin.elapsed();
     let begin = Instant::now();
     let present = Pages::of(pid).map_err(process("open the memory of", pid))?;
     let wanted: Vec<Mapping> = room.wanted();
@@ -120,8 +134,23 @@ pub fn restore_in_place(stopped: &mut Stopped, pid: pid_t, past: &Past<'_>) -> R
     report.n_copied_pages = n_pages(&differences.copied);
     report.n_dropped_pages = n_pages(&differences.dropped);
     report.pages = begin.elapsed();
-    threads.put_back(stopped, pid)?;
+    cast.part(stopped, pid)?;
+    threads.put_back(stopped, pid, &cast)?;
     Ok(report)
+}
+
+/// Until the first step is made, the process is unchanged.
+fn put_mappings(
+    stopped: &mut Stopped,
+    pid: pid_t,
+    past: &Past<'_>,
+    report: &mut Report,
+) -> Result<(), TemplateError> {
+    let mut hand = stopped.hand(pid)?;
+    let Past { memory, source, advice_is_unchanged, files, .. } = *past;
+    let room = Room { pid, area: hand.area(), memory, advice_is_unchanged, files };
+    room.put_mappings(&mut hand, source, report)?;
+    Ok(hand.close()?)
 }
 
 fn n_pages(ranges: &[Range<u64>]) -> u64 {
