@@ -94,6 +94,8 @@ impl<'a> Hand<'a> {
             return Err(InjectRefusal::ForeignArchitecture { pid }.into());
         }
         let memory = Memory::of(pid, tid);
+        let process = stopped.processes.iter().find(|process| process.pid == pid);
+        let ends_with_engine = process.is_some_and(|process| process.ends_with_engine);
         let (ground, stat) = match look_at_known(stopped, (pid, tid), &memory) {
             Some(known) => known,
             None => {
@@ -109,7 +111,10 @@ impl<'a> Hand<'a> {
                     });
                 };
                 let area = place.recorded(&memory).map_err(failed("read the vdso of"))?;
-                stopped.finish_orphans(pid, |rip| place.is_injected(area, rip)).map_err(InjectError::Orphan)?;
+                // One that the engine made is where that left it.
+                if !ends_with_engine {
+                    stopped.finish_orphans(pid, |rip| place.is_injected(area, rip)).map_err(InjectError::Orphan)?;
+                }
                 // An orphan in boot code has unmapped what it made.
                 let area = place.recorded(&memory).map_err(failed("read the vdso of"))?;
                 let stat = tasks::reread_stat(&file)

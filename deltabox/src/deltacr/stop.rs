@@ -155,6 +155,8 @@ pub struct Process {
     pub pid: pid_t,
     /// Its threads that live, the leader first if it does.
     pub threads: Vec<Thread>,
+    /// The engine made it, or thawed it: if the engine dies before the stop is over, it is killed.
+    pub(super) ends_with_engine: bool,
 }
 
 /// A stopped thread.

@@ -25,6 +25,15 @@ impl Subject {
     }
 
     pub(crate) fn roll_back(&self, point: &Point) -> Result<Report, TemplateError> {
+        self.roll_back_and(point, is_as_it_was)
+    }
+
+    /// `look`s at it before anything runs.
+    pub(crate) fn roll_back_and(
+        &self,
+        point: &Point,
+        look: impl FnOnce(libc::pid_t, &Point) + Send,
+    ) -> Result<Report, TemplateError> {
         let source = Source::of(&point.template).expect("pages");
         let pid = self.0.pid();
         let past = Past {
@@ -37,7 +46,7 @@ impl Subject {
         self.0.group.stopped(|stopped| {
             let report = restore_in_place(stopped, pid, &past);
             if report.is_ok() {
-                is_as_it_was(pid, point);
+                look(pid, point);
             }
             report
         })

@@ -1,23 +1,22 @@
 //! Threads that have started or ended since: the set of them comes back, with numbers, names and what each had.
 
-use deltabox::deltacr::template::{Report, TemplateError, TemplateRefusal};
+use deltabox::deltacr::template::Report;
 
 use crate::{Subject, remove};
 
 /// Rolled back after each of `changes`, which are letters for the program, and asked each time.
 fn comes_back(n: &str, changes: &[&str]) -> Vec<Report> {
     let mut subject = Subject::run("crew", n, &[]);
-    subject.0.disturb();
     let point = subject.checkpoint();
     let mut reports = Vec::new();
     for letters in changes {
         letters.bytes().for_each(|letter| subject.tell(letter));
-        reports.push(subject.roll_back(&point).expect("a rollback"));
+        reports.push(subject.roll_back_and(&point, |_, _| {}).expect("a rollback"));
         subject.tell(b'c');
     }
-    subject.roll_back(&point).expect("a rollback");
+    subject.roll_back_and(&point, |_, _| {}).expect("a rollback");
     subject.tell(b'j');
-    subject.roll_back(&point).expect("a rollback");
+    subject.roll_back_and(&point, |_, _| {}).expect("a rollback");
     subject.tell(b'c');
     remove(point.template);
     reports

@@ -104,22 +104,24 @@ pub(in crate::deltacr) struct Tree<'a> {
 /// be, and must not be let go.
 pub fn restore_in_place(stopped: &mut Stopped, pid: pid_t, past: &Past<'_>) -> Result<Report, TemplateError> {
     let begin = Instant::now();
-    let Past { memory, source, threads, advice_is_unchanged, files } = *past;
+    let Past { source, threads, .. } = *past;
     let mut cast = threads.cast(stopped, pid)?;
     threads.bear(stopped, pid, &mut cast)?;
     let (n_made_threads, n_ended_threads) = cast.counts();
     let n_threads = threads.n_threads();
     let mut report = Report { n_threads, n_made_threads, n_ended_threads, ..Report::default() };
-    let mapped = put_mappings(stopped, pid, past, &mut report);
-    if mapped.is_err() {
+    let planned = plan_mappings(stopped, pid, past);
+    if planned.is_err() {
         // The first failure is the one to report.
         let _ = cast.unmake(stopped, pid);
     }
-    mapped?;
+    let (room, first) = planned?;
+    // With their memory: the kernel writes to that of threads that run, injected calls or not.
+    cast.part(stopped, pid)?;
     threads.unregister(stopped, pid, &cast)?;
-    report.mappings = begin.elapsed();
     let mut hand = stopped.hand(pid)?;
-    let room = Room { pid, area: hand.area(), memory, advice_is_unchanged, files };
+    room.put_mappings(&mut hand, source, first, &mut report)?;
+    report.mappings = begin.elapsed();
     let begin = Instant::now();
     let present = Pages::of(pid).map_err(process("open the memory of", pid))?;
     let wanted: Vec<Mapping> = room.wanted();
@@ -134,23 +136,18 @@ pub fn restore_in_place(stopped: &mut Stopped, pid: pid_t, past: &Past<'_>) -> R
     report.n_copied_pages = n_pages(&differences.copied);
     report.n_dropped_pages = n_pages(&differences.dropped);
     report.pages = begin.elapsed();
-    cast.part(stopped, pid)?;
     threads.put_back(stopped, pid, &cast)?;
     Ok(report)
 }
 
-/// Until the first step is made, the process is unchanged.
-fn put_mappings(
-    stopped: &mut Stopped,
-    pid: pid_t,
-    past: &Past<'_>,
-    report: &mut Report,
-) -> Result<(), TemplateError> {
+/// What is to be done first. The process is unchanged.
+fn plan_mappings<'a>(stopped: &mut Stopped, pid: pid_t, past: &Past<'a>) -> Result<(Room<'a>, First), TemplateError> {
     let mut hand = stopped.hand(pid)?;
-    let Past { memory, source, advice_is_unchanged, files, .. } = *past;
+    let Past { memory, advice_is_unchanged, files, .. } = *past;
     let room = Room { pid, area: hand.area(), memory, advice_is_unchanged, files };
-    room.put_mappings(&mut hand, source, report)?;
-    Ok(hand.close()?)
+    let first = room.plan_first(&mut hand)?;
+    hand.close()?;
+    Ok((room, first))
 }
 
 fn n_pages(ranges: &[Range<u64>]) -> u64 {
@@ -164,6 +161,14 @@ struct Room<'a> {
     memory: &'a Memory,
     advice_is_unchanged: bool,
     files: Option<Files<'a>>,
+}
+
+/// The first look, and what follows from it.
+struct First {
+    present: Vec<Mapping>,
+    steps: Vec<(Range<u64>, Step)>,
+    /// The end of the heap now and then.
+    heap: Range<u64>,
 }
 
 impl Room<'_> {
@@ -198,19 +203,40 @@ impl Room<'_> {
         mapping.in_tree || self.files.is_some_and(|files| files.shared.file(mapping).is_some())
     }
 
-    fn put_mappings(&self, hand: &mut Hand<'_>, source: &Source, report: &mut Report) -> Result<(), TemplateError> {
-        let pid = self.pid;
-        let wanted = self.wanted();
+    fn plan_first(&self, hand: &mut Hand<'_>) -> Result<First, TemplateError> {
         let brk = hand.call(libc::SYS_brk, [0; 6])?.cast_unsigned();
         let (now, then) = (brk.next_multiple_of(PAGE_BYTES), self.memory.brk.next_multiple_of(PAGE_BYTES));
-        let mut heap = now.min(then)..now.max(then);
+        let heap = now.min(then)..now.max(then);
+        let present = self.present()?;
+        let mut steps = plan(self.pid, &self.wanted(), &present, &heap, &|mapping| self.has_file_for(mapping))?;
+        if then > now && present.iter().any(|one| one.start < heap.end && heap.start < one.end) {
+            // Something else took the heap's place.
+            steps.insert(0, (heap.clone(), Step::Unmap));
+        }
+        Ok(First { present, steps, heap: now..then })
+    }
+
+    fn put_mappings(
+        &self,
+        hand: &mut Hand<'_>,
+        source: &Source,
+        first: First,
+        report: &mut Report,
+    ) -> Result<(), TemplateError> {
+        let pid = self.pid;
+        let wanted = self.wanted();
+        let First { present, steps, heap: Range { start: now, end: then } } = first;
+        let mut planned = Some((present, steps));
+        let heap = 0..0;
         for _ in 0..N_ATTEMPTS {
-            let present = self.present()?;
-            let mut steps = plan(pid, &wanted, &present, &heap, &|mapping| self.has_file_for(mapping))?;
-            if then > now && present.iter().any(|one| one.start < heap.end && heap.start < one.end) {
-                // Something else took the heap's place.
-                steps.insert(0, (heap.clone(), Step::Unmap));
-            }
+            let (present, mut steps) = match planned.take() {
+                Some(planned) => planned,
+                None => {
+                    let present = self.present()?;
+                    let steps = plan(pid, &wanted, &present, &heap, &|mapping| self.has_file_for(mapping))?;
+                    (present, steps)
+                }
+            };
             if steps.is_empty() && brk_is(hand, self.memory.brk)? {
                 let parted = broken(&wanted, &present);
                 if parted.is_empty() {
@@ -221,7 +247,6 @@ impl Room<'_> {
                 }
             }
             self.make(hand, source, &steps, report)?;
-            heap = 0..0;
         }
         let present = self.present()?;
         if let Some((range, _)) =

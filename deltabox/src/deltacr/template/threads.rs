@@ -95,6 +95,11 @@ impl Threads {
         Ok(Cast { new: vec![false; hosts.len()], hosts, extra })
     }
 
+    /// Fails unless a process with that face, a copy of the first thread, can make all threads.
+    pub(super) fn check_maker(&self, pid: pid_t, face: &Face) -> Result<(), TemplateError> {
+        Ok(self.may_be_made(pid, &vec![0; self.records.len()], face)?)
+    }
+
     /// Fails unless `maker` can make the threads of which there is none.
     fn may_be_made(&self, pid: pid_t, hosts: &[pid_t], maker: &Face) -> Result<(), TemplateRefusal> {
         for (record, _) in self.records.iter().zip(hosts).filter(|(_, host)| **host == 0) {
