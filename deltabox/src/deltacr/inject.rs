@@ -69,6 +69,8 @@ pub struct Hand<'a> {
     /// The thread waits in batch code for more calls.
     waits: bool,
     closed: bool,
+    /// As the process.
+    ends_with_engine: bool,
 }
 
 /// What stopped injected code.
@@ -130,8 +132,21 @@ impl<'a> Hand<'a> {
         stopped.keep_registers(tid, own);
         stopped.pin_to(stat.cpu);
         let exit_signal = stat.exit_signal;
-        let mut hand =
-            Self { stopped, pid, tid, memory, own, mask, marker, exit_signal, area: 0, waits: false, closed: false };
+        let (area, waits, closed) = (0, false, false);
+        let mut hand = Self {
+            stopped,
+            pid,
+            tid,
+            memory,
+            own,
+            mask,
+            marker,
+            exit_signal,
+            area,
+            waits,
+            closed,
+            ends_with_engine,
+        };
         hand.set_options(libc::PTRACE_O_SUSPEND_SECCOMP)?;
         hand.enter(ground)?;
         Ok(hand)
@@ -414,6 +429,7 @@ impl<'a> Hand<'a> {
 
     /// Sets the thread's `PTRACE_O_*`; without PTRACE_O_SUSPEND_SECCOMP its filter holds.
     pub(super) fn set_options(&self, options: i32) -> Result<(), InjectError> {
+        let options = options | if self.ends_with_engine { libc::PTRACE_O_EXITKILL } else { 0 };
         ptrace::setoptions(Pid::from_raw(self.tid), ptrace::Options::from_bits_retain(options))
             .map_err(|source| self.error("set the trace options of", source.into()))
     }

@@ -2,6 +2,7 @@
 //!
 //! `tests/programs/memory.c` has memory of many kinds and judges itself; the tests look from outside too.
 
+mod forked;
 mod killed;
 mod made;
 mod measured;

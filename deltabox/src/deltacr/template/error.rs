@@ -134,6 +134,12 @@ pub enum TemplateRefusal {
         /// Its host PID.
         pid: pid_t,
     },
+    /// Another version of the engine made the template.
+    #[error("the template {pid} has another engine's code in it")]
+    ForeignTemplate {
+        /// Its host PID.
+        pid: pid_t,
+    },
     /// It is not the recorded process, or not stopped.
     #[error("process {pid} is not stopped, or not the one whose threads were recorded")]
     Threads {

@@ -108,8 +108,6 @@ fn seize(stopped: &mut Stopped, template: &Template, area: u64) -> Result<(), Te
     let halted = halt_it(stopped, pid);
     let registers = halted.and_then(|()| ptrace::getregs(one).map_err(process("read registers of", pid)));
     let ready = registers.and_then(|registers| {
-        let kills = ptrace::Options::PTRACE_O_EXITKILL;
-        ptrace::setoptions(one, kills).map_err(process("set the trace options of", pid))?;
         fault::point("fork.seized").map_err(process("seize the template", pid))?;
         Ok(registers)
     });
@@ -155,8 +153,10 @@ fn fork(
     past: &Past<'_>,
     live: BorrowedFd<'_>,
 ) -> Result<pid_t, TemplateError> {
-    let failed = process("fork the template", template.pid());
+    let failed = process::<io::Error>("fork the template", template.pid());
     let Some(leader) = past.threads.leader() else { return Err(TemplateRefusal::Threads { pid: template.pid() }.into()) };
+    let kills = ptrace::Options::PTRACE_O_EXITKILL;
+    ptrace::setoptions(Pid::from_raw(template.pid()), kills).map_err(|error| failed(error.into()))?;
     template.freezer().thaw()?;
     fault::point("fork.thawed").map_err(failed)?;
     let mut hand = stopped.hand(template.pid())?;

@@ -141,7 +141,7 @@ pub fn restore_in_place(stopped: &mut Stopped, pid: pid_t, past: &Past<'_>) -> R
 }
 
 /// What is to be done first. The process is unchanged.
-fn plan_mappings<'a>(stopped: &mut Stopped, pid: pid_t, past: &Past<'a>) -> Result<(Room<'a>, First), TemplateError> {
+pub(super) fn plan_mappings<'a>(stopped: &mut Stopped, pid: pid_t, past: &Past<'a>) -> Result<(Room<'a>, First), TemplateError> {
     let mut hand = stopped.hand(pid)?;
     let Past { memory, advice_is_unchanged, files, .. } = *past;
     let room = Room { pid, area: hand.area(), memory, advice_is_unchanged, files };
@@ -155,7 +155,7 @@ fn n_pages(ranges: &[Range<u64>]) -> u64 {
 }
 
 /// A process's addresses but for the engine's area in it.
-struct Room<'a> {
+pub(super) struct Room<'a> {
     pid: pid_t,
     area: Range<u64>,
     memory: &'a Memory,
@@ -164,7 +164,7 @@ struct Room<'a> {
 }
 
 /// The first look, and what follows from it.
-struct First {
+pub(super) struct First {
     present: Vec<Mapping>,
     steps: Vec<(Range<u64>, Step)>,
     /// The end of the heap now and then.
@@ -203,6 +203,15 @@ impl Room<'_> {
         mapping.in_tree || self.files.is_some_and(|files| files.shared.file(mapping).is_some())
     }
 
+    /// Fails if something cannot be mapped again that the template does not have.
+    pub(super) fn check_template(past: &Past<'_>, template: pid_t) -> Result<(), TemplateError> {
+        let Past { memory, files, .. } = *past;
+        // What was advised is the template's own affair.
+        let room = Room { pid: template, area: memory.area.clone(), memory, advice_is_unchanged: true, files };
+        plan(template, &room.wanted(), &room.present()?, &(0..0), &|mapping| room.has_file_for(mapping))?;
+        Ok(())
+    }
+
     fn plan_first(&self, hand: &mut Hand<'_>) -> Result<First, TemplateError> {
         let brk = hand.call(libc::SYS_brk, [0; 6])?.cast_unsigned();
         let (now, then) = (brk.next_multiple_of(PAGE_BYTES), self.memory.brk.next_multiple_of(PAGE_BYTES));
@@ -216,7 +225,7 @@ impl Room<'_> {
         Ok(First { present, steps, heap: now..then })
     }
 
-    fn put_mappings(
+    pub(super) fn put_mappings(
         &self,
         hand: &mut Hand<'_>,
         source: &Source,
