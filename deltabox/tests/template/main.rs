@@ -26,7 +26,7 @@ use target::Target;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A program of which templates are made. This process is their parent, as init is in a sandbox.
-pub(crate) struct Subject(pub(crate) Target);
+pub(crate) struct Subject(pub(crate) Target, Option<libc::pid_t>);
 
 impl Subject {
     pub(crate) fn start(kinds: &str) -> Self {
@@ -39,15 +39,47 @@ impl Subject {
 
     pub(crate) fn run(program: &str, mode: &str, variables: &[(&str, &str)]) -> Self {
         nix::sys::prctl::set_child_subreaper(true).expect("become a subreaper");
-        Self(Target::start_as(program, mode, variables))
+        Self(Target::start_as(program, mode, variables), None)
+    }
+
+    /// A Python program, not built here.
+    pub(crate) fn python(path: &str) -> Self {
+        nix::sys::prctl::set_child_subreaper(true).expect("become a subreaper");
+        Self(Target::start_program(std::path::Path::new("/usr/bin/env"), &["python3", path], &[]), None)
+    }
+
+    /// In a PID namespace, whose init is the parent: numbers of what has ended stay free there.
+    pub(crate) fn run_inside(program: &str, mode: &str, variables: &[(&str, &str)]) -> Self {
+        let variables = [variables, &[("INSIDE", "1")]].concat();
+        let Self(mut target, _) = Self::run(program, mode, &variables);
+        let procs = fs::read_to_string(target.group.0.join("cgroup.procs")).expect("processes");
+        let mut numbers = procs.lines().map(|line| line.parse().expect("a pid")).collect::<Vec<libc::pid_t>>();
+        let inside = |pid: &libc::pid_t| {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
+            let line = status.lines().find_map(|line| line.strip_prefix("NSpid:")).expect("numbers").to_owned();
+            line.split_ascii_whitespace().skip(1).last().map_or(0, |number| number.parse::<u32>().expect("a number"))
+        };
+        numbers.sort_by_key(inside);
+        let [outside, init, own] = numbers[..] else { panic!("{numbers:?}") };
+        for pid in [outside, init] {
+            let root = target.group.0.parent().expect("a root").join("cgroup.procs");
+            fs::write(root, pid.to_string()).expect("move out of the cgroup");
+        }
+        target.other = Some(own);
+        Self(target, Some(init))
     }
 
     pub(crate) fn freezer(&self, name: &str) -> Freezer {
         Freezer::create(&self.0.group.0, name).expect("a frozen cgroup")
     }
 
+    /// Whose children templates become.
+    pub(crate) fn keeper(&self) -> libc::pid_t {
+        self.1.unwrap_or_else(|| std::process::id().try_into().expect("a pid"))
+    }
+
     pub(crate) fn request(&self) -> Request {
-        Request { keeper: Some(std::process::id().try_into().expect("a pid")), ..Request::default() }
+        Request { keeper: Some(self.keeper()), ..Request::default() }
     }
 
     /// Makes a template, and has `look` look at both before the program goes on.
