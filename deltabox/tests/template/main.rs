@@ -42,16 +42,21 @@ impl Subject {
         Self(Target::start_as(program, mode, variables), None)
     }
 
-    /// A Python program, not built here.
+    /// A Python program, in a PID namespace whose init is a shell. That takes the first byte.
     pub(crate) fn python(path: &str) -> Self {
         nix::sys::prctl::set_child_subreaper(true).expect("become a subreaper");
-        Self(Target::start_program(std::path::Path::new("/usr/bin/env"), &["python3", path], &[]), None)
+        const INSIDE: &str = r#"head -c1 >&2; exec 3<&0; exec unshare -p -f --kill-child sh -c '"$@" <&3 3<&- & exec 3<&-; wait' sh "$@""#;
+        let arguments = ["-c", INSIDE, "sh", "python3", path];
+        Self::inside(Target::start_program(std::path::Path::new("/bin/sh"), &arguments, &[]))
     }
 
     /// In a PID namespace, whose init is the parent: numbers of what has ended stay free there.
     pub(crate) fn run_inside(program: &str, mode: &str, variables: &[(&str, &str)]) -> Self {
         let variables = [variables, &[("INSIDE", "1")]].concat();
-        let Self(mut target, _) = Self::run(program, mode, &variables);
+        Self::inside(Self::run(program, mode, &variables).0)
+    }
+
+    fn inside(mut target: Target) -> Self {
         let procs = fs::read_to_string(target.group.0.join("cgroup.procs")).expect("processes");
         let mut numbers = procs.lines().map(|line| line.parse().expect("a pid")).collect::<Vec<libc::pid_t>>();
         let inside = |pid: &libc::pid_t| {

@@ -70,7 +70,12 @@ fn a_number_that_somebody_else_has_is_refused_and_the_program_goes_on() {
     let mut subject = Subject::run_inside("crew", "5", &[]);
     let point = subject.checkpoint();
     subject.tell(b'e');
-    // The program's threads have 3 and on; the first of them has ended.
+    // The program's threads have 3 and on; the first of them has ended, or is about to.
+    let end = Instant::now() + PATIENCE;
+    while fs::read_dir(format!("/proc/{}/task", subject.0.pid())).expect("threads").count() > 3 {
+        assert!(Instant::now() < end, "a thread does not end");
+        std::thread::yield_now();
+    }
     let taken = clone_inside(subject.keeper(), 3);
     assert_eq!(refusal(&subject, &point), TemplateRefusal::NumberTaken { number: 3 });
     subject.tell(b't');
@@ -172,7 +177,6 @@ def start(n):
         threads.append(threading.Thread(target=work, args=(k,), daemon=True))
         threads[-1].start()
 threads = []
-sys.stdin.read(1)
 start(5)
 print('ready', flush=True)
 while True:
@@ -200,5 +204,5 @@ while True:
         subject.roll_back_and(&point, |_, _| {}).expect("a rollback");
     }
     subject.tell(b'c');
-    crate::remove(point.template);
+    point.template.remove(PATIENCE).expect("remove a template");
 }

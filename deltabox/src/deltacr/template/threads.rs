@@ -19,6 +19,7 @@ use super::face::Face;
 use super::make::denied;
 use super::thread::Record;
 use crate::deltacr::births::quiet_end;
+use crate::deltacr::halt::reap_ended;
 use crate::deltacr::handover::call;
 use crate::deltacr::stop::{Stopped, Thread};
 use crate::fault;
@@ -127,7 +128,9 @@ impl Threads {
                 if rest.is_empty() {
                     return Ok(());
                 }
-                // The number of a thread that has ended is free a little after its end was told.
+                // A thread that ended in the middle of the stop is the engine's to reap; another's number is free a little
+                // after its end was told.
+                reap_ended(pid);
                 std::thread::yield_now();
             }
         });
