@@ -90,7 +90,7 @@ fn seize_new(stopped: &mut Stopped, request: &Request<'_>) -> Result<(), StopErr
         let at = match stopped.processes.iter().position(|process| process.pid == pid) {
             Some(at) => at,
             None => {
-                stopped.processes.push(Process { pid, threads: Vec::new() });
+                stopped.processes.push(Process { pid, threads: Vec::new(), ends_with_engine: false });
                 stopped.processes.len() - 1
             }
         };
@@ -287,7 +287,7 @@ pub(super) fn wait_halt(pid: pid_t, tid: pid_t, deadline: Instant) -> Result<Hal
 }
 
 /// Reaps the threads of a process that have ended and are ours: an exec waits for that, whichever of them is waited for.
-fn reap_ended(pid: pid_t) {
+pub(super) fn reap_ended(pid: pid_t) {
     // A process that cannot be looked at is gone.
     for tid in tasks::scan_threads(pid).unwrap_or_default() {
         reap_if_ended(tid);

@@ -44,7 +44,7 @@ pub(super) struct Ran<E> {
 }
 
 /// How a helper stops.
-enum Seen {
+pub(super) enum Seen {
     Birth,
     Marker,
     Other,
@@ -97,7 +97,7 @@ impl Hand<'_> {
         1 << (self.marker - 1)
     }
 
-    fn read_results(&self, at: usize, n_calls: usize) -> Result<Vec<i64>, InjectError> {
+    pub(super) fn read_results(&self, at: usize, n_calls: usize) -> Result<Vec<i64>, InjectError> {
         let mut bytes = vec![0; n_calls * CALL_BYTES];
         self.read(self.area + at as u64, &mut bytes)?;
         let result = |call: &[u8]| call[CALL_BYTES - 8..].try_into().map_or(-1, i64::from_le_bytes);
@@ -150,7 +150,7 @@ impl Hand<'_> {
         }
     }
 
-    fn see(&self, child: pid_t, deadline: Instant) -> Result<Seen, InjectError> {
+    pub(super) fn see(&self, child: pid_t, deadline: Instant) -> Result<Seen, InjectError> {
         loop {
             let status = match wait_thread(child, 0) {
                 Ok(Some(status)) => status,
@@ -182,7 +182,7 @@ impl Hand<'_> {
     }
 }
 
-fn bytes_of(call: &Call) -> Vec<u8> {
+pub(super) fn bytes_of(call: &Call) -> Vec<u8> {
     let mut bytes = call.nr.to_le_bytes().to_vec();
     bytes.extend(call.args.iter().flat_map(|arg| arg.to_le_bytes()));
     bytes.extend([0; 8]);

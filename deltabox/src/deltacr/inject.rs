@@ -69,6 +69,8 @@ pub struct Hand<'a> {
     /// The thread waits in batch code for more calls.
     waits: bool,
     closed: bool,
+    /// As the process.
+    ends_with_engine: bool,
 }
 
 /// What stopped injected code.
@@ -94,6 +96,8 @@ impl<'a> Hand<'a> {
             return Err(InjectRefusal::ForeignArchitecture { pid }.into());
         }
         let memory = Memory::of(pid, tid);
+        let process = stopped.processes.iter().find(|process| process.pid == pid);
+        let ends_with_engine = process.is_some_and(|process| process.ends_with_engine);
         let (ground, stat) = match look_at_known(stopped, (pid, tid), &memory) {
             Some(known) => known,
             None => {
@@ -109,7 +113,10 @@ impl<'a> Hand<'a> {
                     });
                 };
                 let area = place.recorded(&memory).map_err(failed("read the vdso of"))?;
-                stopped.finish_orphans(pid, |rip| place.is_injected(area, rip)).map_err(InjectError::Orphan)?;
+                // One that the engine made is where that left it.
+                if !ends_with_engine {
+                    stopped.finish_orphans(pid, |rip| place.is_injected(area, rip)).map_err(InjectError::Orphan)?;
+                }
                 // An orphan in boot code has unmapped what it made.
                 let area = place.recorded(&memory).map_err(failed("read the vdso of"))?;
                 let stat = tasks::reread_stat(&file)
@@ -125,8 +132,9 @@ impl<'a> Hand<'a> {
         stopped.keep_registers(tid, own);
         stopped.pin_to(stat.cpu);
         let exit_signal = stat.exit_signal;
+        let (area, waits, closed) = (0, false, false);
         let mut hand =
-            Self { stopped, pid, tid, memory, own, mask, marker, exit_signal, area: 0, waits: false, closed: false };
+            Self { stopped, pid, tid, memory, own, mask, marker, exit_signal, area, waits, closed, ends_with_engine };
         hand.set_options(libc::PTRACE_O_SUSPEND_SECCOMP)?;
         hand.enter(ground)?;
         Ok(hand)
@@ -409,9 +417,14 @@ impl<'a> Hand<'a> {
 
     /// Sets the thread's `PTRACE_O_*`; without PTRACE_O_SUSPEND_SECCOMP its filter holds.
     pub(super) fn set_options(&self, options: i32) -> Result<(), InjectError> {
-        let options = ptrace::Options::from_bits_retain(options | self.stopped.options);
-        ptrace::setoptions(Pid::from_raw(self.tid), options)
+        let options = options | if self.ends_with_engine { libc::PTRACE_O_EXITKILL } else { 0 };
+        ptrace::setoptions(Pid::from_raw(self.tid), ptrace::Options::from_bits_retain(options))
             .map_err(|source| self.error("set the trace options of", source.into()))
+    }
+
+    /// Its thread is no more: there is nothing to take back.
+    pub(super) fn forget(&mut self) {
+        self.closed = true;
     }
 
     fn leave(&mut self) -> Result<(), InjectError> {

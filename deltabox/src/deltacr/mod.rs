@@ -4,6 +4,7 @@
 
 mod alarm;
 mod area;
+mod births;
 pub mod descriptors;
 mod error;
 mod fdinfo;

@@ -144,8 +144,6 @@ pub struct Stopped {
     pub(super) subreapers: Vec<(pid_t, bool)>,
     pub(super) alarm: Alarm,
     pub(super) kept: Kept,
-    /// `PTRACE_O_*` that all threads have.
-    pub(super) options: i32,
     /// Raw pointers are not `Send`: neither is this.
     not_send: PhantomData<*const ()>,
 }
@@ -157,6 +155,8 @@ pub struct Process {
     pub pid: pid_t,
     /// Its threads that live, the leader first if it does.
     pub threads: Vec<Thread>,
+    /// The engine made it, or thawed it: if the engine dies before the stop is over, it is killed.
+    pub(super) ends_with_engine: bool,
 }
 
 /// A stopped thread.
@@ -186,7 +186,6 @@ impl Stopped {
             subreapers: Vec::new(),
             alarm,
             kept,
-            options: 0,
             not_send: PhantomData,
         }
     }
@@ -236,9 +235,11 @@ impl Stopped {
     /// # Errors
     /// The kernel's word.
     pub(super) fn bind(&mut self) -> io::Result<()> {
-        self.options = libc::PTRACE_O_EXITKILL;
-        let options = ptrace::Options::from_bits_retain(self.options);
+        for process in &mut self.processes {
+            process.ends_with_engine = true;
+        }
         for thread in self.processes.iter().flat_map(|process| &process.threads) {
+            let options = ptrace::Options::PTRACE_O_EXITKILL;
             match ptrace::setoptions(Pid::from_raw(thread.tid), options) {
                 // Killed meanwhile.
                 Ok(()) | Err(nix::Error::ESRCH) => {}

@@ -44,8 +44,8 @@ pub mod slot {
 global_asm!(
     ".pushsection .rodata.deltabox_blob, \"a\", @progbits",
     // Global, for link-time optimization puts this and what refers to it into different objects.
-    ".globl dbx_boot, dbx_boot_end, dbx_batch, dbx_batch_end",
-    ".hidden dbx_boot, dbx_boot_end, dbx_batch, dbx_batch_end",
+    ".globl dbx_boot, dbx_boot_end, dbx_batch, dbx_exit, dbx_batch_end",
+    ".hidden dbx_boot, dbx_boot_end, dbx_batch, dbx_exit, dbx_batch_end",
     // rt_sigprocmask(how, set, NULL, 8); mov and lea leave the flags alone.
     ".macro dbx_mask how, set",
     "mov $14, %eax",
@@ -177,6 +177,7 @@ global_asm!(
     "jbe 6b",
     // exit_group: a helper that failed; and a child of the helper, the template, should it ever run.
     "8:",
+    "dbx_exit:",
     "mov $231, %eax",
     "mov $0, %edi",
     "syscall",
@@ -196,6 +197,7 @@ unsafe extern "C" {
     static dbx_boot: u8;
     static dbx_boot_end: u8;
     static dbx_batch: u8;
+    static dbx_exit: u8;
     static dbx_batch_end: u8;
 }
 
@@ -210,6 +212,12 @@ pub fn boot() -> &'static [u8] {
 #[cfg(target_arch = "x86_64")]
 pub fn batch() -> &'static [u8] {
     between(&raw const dbx_batch, &raw const dbx_batch_end)
+}
+
+/// Where in [`batch`] the process ends.
+#[cfg(target_arch = "x86_64")]
+pub fn exit_offset() -> usize {
+    between(&raw const dbx_batch, &raw const dbx_exit).len()
 }
 
 #[cfg(target_arch = "x86_64")]

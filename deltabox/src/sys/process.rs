@@ -31,8 +31,12 @@ const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 pub struct CloneCall {
     /// `CLONE_*` without CLONE_INTO_CGROUP.
     pub flags: u64,
+    /// Address of the new thread's number, to be cleared at its end (with CLONE_CHILD_CLEARTID).
+    pub child_tid: u64,
     /// Address at which the kernel tells the maker the new number (with CLONE_PARENT_SETTID).
     pub parent_tid: u64,
+    /// What the base of `fs` becomes (with CLONE_SETTLS).
+    pub tls: u64,
     /// What the parent is sent at its end, 0 for nothing.
     pub exit_signal: u64,
     /// Address of an int with the number to be taken, 0 for any.
@@ -51,12 +55,12 @@ impl CloneCall {
         let words: [u64; Self::LEN_BYTES / 8] = [
             self.flags | into,
             0,
-            0,
+            self.child_tid,
             self.parent_tid,
             self.exit_signal,
             0,
             0,
-            0,
+            self.tls,
             self.set_tid,
             u64::from(self.set_tid != 0),
             self.cgroup.unwrap_or(0),

@@ -72,6 +72,8 @@ pub(crate) struct Target {
     pub(crate) input: Option<ChildStdin>,
     pub(crate) output: BufReader<ChildStdout>,
     pub(crate) group: Group,
+    /// The program itself, if that is not the child that was started.
+    pub(crate) other: Option<libc::pid_t>,
 }
 
 impl Target {
@@ -81,9 +83,14 @@ impl Target {
 
     /// With variables in its environment.
     pub(crate) fn start_as(name: &str, mode: &str, variables: &[(&str, &str)]) -> Self {
+        Self::start_program(&program(name), &[mode], variables)
+    }
+
+    /// Any program.
+    pub(crate) fn start_program(program: &Path, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
         let group = Group::new();
-        let mut child = Command::new(program(name))
-            .arg(mode)
+        let mut child = Command::new(program)
+            .args(arguments)
             .envs(variables.iter().copied())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -92,14 +99,14 @@ impl Target {
         std::fs::write(group.0.join("cgroup.procs"), child.id().to_string()).expect("move into the cgroup");
         let input = child.stdin.take();
         let output = BufReader::new(child.stdout.take().expect("its output"));
-        let mut target = Self { child, input, output, group };
+        let mut target = Self { child, input, output, group, other: None };
         target.byte();
         assert_eq!(target.line(), "ready");
         target
     }
 
     pub(crate) fn pid(&self) -> libc::pid_t {
-        self.child.id().try_into().expect("a pid")
+        self.other.unwrap_or_else(|| self.child.id().try_into().expect("a pid"))
     }
 
     pub(crate) fn byte(&mut self) {

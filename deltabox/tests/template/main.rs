@@ -2,6 +2,7 @@
 //!
 //! `tests/programs/memory.c` has memory of many kinds and judges itself; the tests look from outside too.
 
+mod forked;
 mod killed;
 mod made;
 mod measured;
@@ -9,6 +10,7 @@ mod restored;
 #[path = "../stop_inject/target.rs"]
 #[expect(dead_code, reason = "some of it is for tests of stops alone")]
 mod target;
+mod threads;
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -24,7 +26,7 @@ use target::Target;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A program of which templates are made. This process is their parent, as init is in a sandbox.
-pub(crate) struct Subject(pub(crate) Target);
+pub(crate) struct Subject(pub(crate) Target, Option<libc::pid_t>);
 
 impl Subject {
     pub(crate) fn start(kinds: &str) -> Self {
@@ -32,16 +34,57 @@ impl Subject {
     }
 
     pub(crate) fn start_as(kinds: &str, variables: &[(&str, &str)]) -> Self {
+        Self::run("memory", kinds, variables)
+    }
+
+    pub(crate) fn run(program: &str, mode: &str, variables: &[(&str, &str)]) -> Self {
         nix::sys::prctl::set_child_subreaper(true).expect("become a subreaper");
-        Self(Target::start_as("memory", kinds, variables))
+        Self(Target::start_as(program, mode, variables), None)
+    }
+
+    /// A Python program, in a PID namespace whose init is a shell. That takes the first byte.
+    pub(crate) fn python(path: &str) -> Self {
+        nix::sys::prctl::set_child_subreaper(true).expect("become a subreaper");
+        const INSIDE: &str = r#"head -c1 >&2; exec 3<&0; exec unshare -p -f --kill-child sh -c '"$@" <&3 3<&- & exec 3<&-; wait' sh "$@""#;
+        let arguments = ["-c", INSIDE, "sh", "python3", path];
+        Self::inside(Target::start_program(std::path::Path::new("/bin/sh"), &arguments, &[]))
+    }
+
+    /// In a PID namespace, whose init is the parent: numbers of what has ended stay free there.
+    pub(crate) fn run_inside(program: &str, mode: &str, variables: &[(&str, &str)]) -> Self {
+        let variables = [variables, &[("INSIDE", "1")]].concat();
+        Self::inside(Self::run(program, mode, &variables).0)
+    }
+
+    fn inside(mut target: Target) -> Self {
+        let procs = fs::read_to_string(target.group.0.join("cgroup.procs")).expect("processes");
+        let mut numbers = procs.lines().map(|line| line.parse().expect("a pid")).collect::<Vec<libc::pid_t>>();
+        let inside = |pid: &libc::pid_t| {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
+            let line = status.lines().find_map(|line| line.strip_prefix("NSpid:")).expect("numbers").to_owned();
+            line.split_ascii_whitespace().skip(1).last().map_or(0, |number| number.parse::<u32>().expect("a number"))
+        };
+        numbers.sort_by_key(inside);
+        let [outside, init, own] = numbers[..] else { panic!("{numbers:?}") };
+        for pid in [outside, init] {
+            let root = target.group.0.parent().expect("a root").join("cgroup.procs");
+            fs::write(root, pid.to_string()).expect("move out of the cgroup");
+        }
+        target.other = Some(own);
+        Self(target, Some(init))
     }
 
     pub(crate) fn freezer(&self, name: &str) -> Freezer {
         Freezer::create(&self.0.group.0, name).expect("a frozen cgroup")
     }
 
+    /// Whose children templates become.
+    pub(crate) fn keeper(&self) -> libc::pid_t {
+        self.1.unwrap_or_else(|| std::process::id().try_into().expect("a pid"))
+    }
+
     pub(crate) fn request(&self) -> Request {
-        Request { keeper: Some(std::process::id().try_into().expect("a pid")), ..Request::default() }
+        Request { keeper: Some(self.keeper()), ..Request::default() }
     }
 
     /// Makes a template, and has `look` look at both before the program goes on.

@@ -134,11 +134,31 @@ pub enum TemplateRefusal {
         /// Its host PID.
         pid: pid_t,
     },
-    /// The set of threads is another one than in the record.
-    #[error("process {pid} has other threads than recorded")]
+    /// Another version of the engine made the template.
+    #[error("the template {pid} has another engine's code in it")]
+    ForeignTemplate {
+        /// Its host PID.
+        pid: pid_t,
+    },
+    /// It is not the recorded process, or not stopped.
+    #[error("process {pid} is not stopped, or not the one whose threads were recorded")]
     Threads {
         /// The process.
         pid: pid_t,
+    },
+    /// Its first thread has ended, others live: nobody can make such a process.
+    #[error("the first thread of process {pid} has ended before the others")]
+    LeaderEnded {
+        /// The process.
+        pid: pid_t,
+    },
+    /// A thread that would have to be made had other rights than the one that would make it.
+    #[error("thread {tid} of process {pid} had other rights (user, capabilities, filters) than the first one has now")]
+    ThreadRights {
+        /// The process.
+        pid: pid_t,
+        /// The thread, as inside.
+        tid: pid_t,
     },
     /// A mapping that is not there any more and that cannot be made again.
     #[error("process {pid} had {kind} at {start:#x}, which cannot be mapped again")]

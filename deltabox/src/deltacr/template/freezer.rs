@@ -75,6 +75,21 @@ impl Freezer {
         self.directory.as_fd()
     }
 
+    /// Lets its process run. After an engine's death a group that is not frozen tells that its template is dead.
+    pub(super) fn thaw(&self) -> Result<(), TemplateError> {
+        self.write("0")
+    }
+
+    /// Nothing runs in it any more: tasks that a tracer holds neither, once it lets go of them.
+    pub(super) fn freeze(&self) -> Result<(), TemplateError> {
+        self.write("1")
+    }
+
+    fn write(&self, state: &str) -> Result<(), TemplateError> {
+        let freeze = self.path.join("cgroup.freeze");
+        group("write", &freeze, fs::write(&freeze, state))
+    }
+
     /// Who is in it; host PIDs.
     pub fn processes(&self) -> Result<Vec<pid_t>, TemplateError> {
         let lists = tasks::Lists::open(&self.path).and_then(|lists| lists.processes());
@@ -94,7 +109,7 @@ impl Freezer {
     }
 }
 
-fn allow_writing(procs: &Path) -> io::Result<()> {
+pub(super) fn allow_writing(procs: &Path) -> io::Result<()> {
     const ALL: u32 = 0o666;
     if fs::metadata(procs)?.permissions().mode() & ALL == ALL {
         return Ok(());

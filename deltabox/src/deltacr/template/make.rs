@@ -336,7 +336,7 @@ fn judge(pid: pid_t, ran: &Ran<TemplateError>, cloned_at: usize, request: &Reque
     check(pid, "wait4", ran.results[cloned_at + 1])
 }
 
-fn denied(pid: pid_t, call: &'static str, errno: i32, number: pid_t) -> TemplateError {
+pub(super) fn denied(pid: pid_t, call: &'static str, errno: i32, number: pid_t) -> TemplateError {
     match errno {
         libc::EAGAIN => TemplateRefusal::TooManyProcesses { pid }.into(),
         libc::ENOMEM => TemplateRefusal::NoMemory { pid }.into(),

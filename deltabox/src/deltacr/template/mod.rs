@@ -10,10 +10,12 @@
 //! What must hold: P is as it was, whatever fails and whenever the engine dies. T shares nothing that P can write: shared
 //! writable mappings are left out of it ([`Memory`] lists them). A template is found again by its cgroup's name.
 //!
-//! [`restore_in_place`] is a way back. `docs/templates.md` has the details and the numbers.
+//! [`restore_in_place`] and [`restore_by_fork`] are ways back. `docs/templates.md` has the details and the numbers.
 
 mod advise;
 mod error;
+mod face;
+mod fork;
 mod freezer;
 mod make;
 mod mapping;
@@ -24,10 +26,12 @@ mod reapers;
 mod remove;
 mod restore;
 mod source;
+mod thread;
 mod threads;
 mod wares;
 
 pub use error::{TemplateError, TemplateRefusal};
+pub use fork::restore_by_fork;
 pub use freezer::Freezer;
 pub use make::{Numbers, Request};
 pub(super) use mapping::read_maps;

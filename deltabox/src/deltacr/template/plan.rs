@@ -66,8 +66,14 @@ pub(super) fn plan(
             }
         }
     }
-    // Room first: the heap and the stack may have to grow into what goes.
-    steps.sort_by_key(|(range, step)| (*step != Step::Unmap, range.start));
+    // Room first: the heap and the stack may have to grow into what goes. Advice last: one piece of it may be for several
+    // new mappings.
+    let rank = |step: &Step| match step {
+        Step::Unmap => 0,
+        Step::Map(_) | Step::Grow => 1,
+        Step::Protect(_) | Step::Advise(_) | Step::Lock | Step::Unlock => 2,
+    };
+    steps.sort_by_key(|(range, step)| (rank(step), range.start));
     Ok(steps)
 }
 

@@ -57,6 +57,12 @@ impl Template {
         Ok(!self.shows(PollFlags::POLLIN, Duration::ZERO)?)
     }
 
+    /// Tells it to end, whatever state it is in.
+    pub(super) fn put_down(&self) {
+        // A failure means that it is gone.
+        let _ = pidfd_send_signal(self.pidfd.as_fd(), libc::SIGKILL);
+    }
+
     /// Kills it and waits for its end; the empty cgroup is given back. Its parent reaps it.
     ///
     /// # Errors

@@ -1,10 +1,11 @@
 //! Back in place: a process that is still alive gets the memory and registers again that it had.
 //!
 //! ```text
-//! check    the threads are the same; a plan for the mappings; nothing is lost. Until here it is unchanged.
+//! check    it can have these threads; those that are missing are made and halted; a plan for the mappings; nothing is
+//!          lost. Until here it is unchanged.
 //! map      munmap, brk, mmap, mprotect, madvise, made by the process; then again, until the mappings are those wanted
 //! pages    which differ; dropped by the process, copied by the engine
-//! threads  registers, extended registers, signal masks
+//! threads  those that are too many end; what the kernel keeps for each
 //! ```
 //! Pages that were never written since are one page with the template's, so the work is that of what was written.
 
@@ -48,6 +49,10 @@ pub struct Report {
     pub n_equal_pages: u64,
     /// Threads whose registers were set.
     pub n_threads: usize,
+    /// Of which so many were made.
+    pub n_made_threads: usize,
+    /// Threads that were ended.
+    pub n_ended_threads: usize,
     /// Until the mappings were right.
     pub mappings: Duration,
     /// Until it was known which pages differ.
@@ -96,17 +101,23 @@ pub(in crate::deltacr) struct Tree<'a> {
 /// be, and must not be let go.
 pub fn restore_in_place(stopped: &mut Stopped, pid: pid_t, past: &Past<'_>) -> Result<Report, TemplateError> {
     let begin = Instant::now();
-    let Past { memory, source, threads, files } = *past;
-    threads.check(stopped, pid)?;
-    let mut report = Report { n_threads: threads.n_threads(), ..Report::default() };
-    let mut hand = stopped.hand(pid)?;
-    let locks = memory.mappings.iter().any(|one| one.has(Advice::Locked));
-    let counts = Counts::read(pid).map_err(process("read the state of", pid))?;
-    let room = Room { pid, area: hand.area(), memory, is_careful: locks || counts.locked_bytes > 0, files };
-    room.put_mappings(&mut hand, source, &mut report)?;
-    if !room.is_careful {
-        room.say_again(&mut hand)?;
+    let Past { source, threads, .. } = *past;
+    let mut cast = threads.cast(stopped, pid)?;
+    threads.bear(stopped, pid, &mut cast)?;
+    let (n_made_threads, n_ended_threads) = cast.counts();
+    let n_threads = threads.n_threads();
+    let mut report = Report { n_threads, n_made_threads, n_ended_threads, ..Report::default() };
+    let planned = plan_mappings(stopped, pid, past);
+    if planned.is_err() {
+        // The first failure is the one to report.
+        let _ = cast.unmake(stopped, pid);
     }
+    let (room, first) = planned?;
+    // With their memory: the kernel writes to that of threads that run, injected calls or not.
+    cast.part(stopped, pid)?;
+    threads.unregister(stopped, pid, &cast)?;
+    let mut hand = stopped.hand(pid)?;
+    room.put_mappings(&mut hand, source, first, &mut report)?;
     report.mappings = begin.elapsed();
     let begin = Instant::now();
     let present = Pages::of(pid).map_err(process("open the memory of", pid))?;
@@ -122,8 +133,24 @@ pub fn restore_in_place(stopped: &mut Stopped, pid: pid_t, past: &Past<'_>) -> R
     report.n_copied_pages = n_pages(&differences.copied);
     report.n_dropped_pages = n_pages(&differences.dropped);
     report.pages = begin.elapsed();
-    threads.put_back(stopped, pid)?;
+    threads.put_back(stopped, pid, &cast)?;
     Ok(report)
+}
+
+/// What is to be done first. The process is unchanged.
+pub(super) fn plan_mappings<'a>(
+    stopped: &mut Stopped,
+    pid: pid_t,
+    past: &Past<'a>,
+) -> Result<(Room<'a>, First), TemplateError> {
+    let mut hand = stopped.hand(pid)?;
+    let Past { memory, files, .. } = *past;
+    let locks = memory.mappings.iter().any(|one| one.has(Advice::Locked));
+    let counts = Counts::read(pid).map_err(process("read the state of", pid))?;
+    let room = Room { pid, area: hand.area(), memory, is_careful: locks || counts.locked_bytes > 0, files };
+    let first = room.plan_first(&mut hand)?;
+    hand.close()?;
+    Ok((room, first))
 }
 
 fn n_pages(ranges: &[Range<u64>]) -> u64 {
@@ -131,7 +158,7 @@ fn n_pages(ranges: &[Range<u64>]) -> u64 {
 }
 
 /// A process's addresses but for the engine's area in it.
-struct Room<'a> {
+pub(super) struct Room<'a> {
     pid: pid_t,
     area: Range<u64>,
     memory: &'a Memory,
@@ -139,6 +166,14 @@ struct Room<'a> {
     /// taken to be what it was, and what of it a program could notice is said again.
     is_careful: bool,
     files: Option<Files<'a>>,
+}
+
+/// The first look, and what follows from it.
+pub(super) struct First {
+    present: Vec<Mapping>,
+    steps: Vec<(Range<u64>, Step)>,
+    /// The end of the heap now and then.
+    heap: Range<u64>,
 }
 
 impl Room<'_> {
@@ -197,30 +232,59 @@ impl Room<'_> {
         mapping.in_tree || self.files.is_some_and(|files| files.shared.file(mapping).is_some())
     }
 
-    fn put_mappings(&self, hand: &mut Hand<'_>, source: &Source, report: &mut Report) -> Result<(), TemplateError> {
-        let pid = self.pid;
-        let wanted = self.wanted();
+    /// Fails if something cannot be mapped again that the template does not have.
+    pub(super) fn check_template(past: &Past<'_>, template: pid_t) -> Result<(), TemplateError> {
+        let Past { memory, files, .. } = *past;
+        // What was advised is the template's own affair.
+        let room = Room { pid: template, area: memory.area.clone(), memory, is_careful: false, files };
+        plan(template, &room.wanted(), &room.present()?, &(0..0), &|mapping| room.has_file_for(mapping))?;
+        Ok(())
+    }
+
+    fn plan_first(&self, hand: &mut Hand<'_>) -> Result<First, TemplateError> {
         let brk = hand.call(libc::SYS_brk, [0; 6])?.cast_unsigned();
         let (now, then) = (brk.next_multiple_of(PAGE_BYTES), self.memory.brk.next_multiple_of(PAGE_BYTES));
-        let mut heap = now.min(then)..now.max(then);
+        let heap = now.min(then)..now.max(then);
+        let present = self.present()?;
+        let mut steps = plan(self.pid, &self.wanted(), &present, &heap, &|mapping| self.has_file_for(mapping))?;
+        if then > now && present.iter().any(|one| one.start < heap.end && heap.start < one.end) {
+            // Something else took the heap's place.
+            steps.insert(0, (heap.clone(), Step::Unmap));
+        }
+        Ok(First { present, steps, heap: now..then })
+    }
+
+    pub(super) fn put_mappings(
+        &self,
+        hand: &mut Hand<'_>,
+        source: &Source,
+        first: First,
+        report: &mut Report,
+    ) -> Result<(), TemplateError> {
+        let pid = self.pid;
+        let wanted = self.wanted();
+        let First { present, steps, heap: Range { start: now, end: then } } = first;
+        let mut planned = Some((present, steps));
+        let heap = 0..0;
         for _ in 0..N_ATTEMPTS {
-            let present = self.present()?;
-            let mut steps = plan(pid, &wanted, &present, &heap, &|mapping| self.has_file_for(mapping))?;
-            if then > now && present.iter().any(|one| one.start < heap.end && heap.start < one.end) {
-                // Something else took the heap's place.
-                steps.insert(0, (heap.clone(), Step::Unmap));
-            }
+            let (present, mut steps) = match planned.take() {
+                Some(planned) => planned,
+                None => {
+                    let present = self.present()?;
+                    let steps = plan(pid, &wanted, &present, &heap, &|mapping| self.has_file_for(mapping))?;
+                    (present, steps)
+                }
+            };
             if steps.is_empty() && brk_is(hand, self.memory.brk)? {
                 let parted = broken(&wanted, &present);
                 if parted.is_empty() {
-                    return Ok(());
+                    return if self.is_careful { Ok(()) } else { self.say_again(hand) };
                 }
                 for one in parted {
                     steps.extend(whole(pid, one, &|mapping| self.has_file_for(mapping))?);
                 }
             }
             self.make(hand, source, &steps, report)?;
-            heap = 0..0;
         }
         let present = self.present()?;
         if let Some((range, _)) =
