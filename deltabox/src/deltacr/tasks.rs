@@ -124,9 +124,10 @@ pub(super) fn read_identity(host: pid_t) -> io::Result<Identity> {
     let invalid = |_| io::ErrorKind::InvalidData;
     let parent: pid_t = field(4)?.parse().map_err(invalid)?;
     let start = field(22)?.parse().map_err(invalid)?;
+    let session: pid_t = field(6)?.parse().map_err(invalid)?;
     // A parent in another namespace has no number here.
     let parent = if parent == 0 { 0 } else { pid_inside(parent)? };
-    Ok(Identity { inside: pid_inside(host)?, parent, host, start })
+    Ok(Identity { inside: pid_inside(host)?, parent, host, start, leads: session == host })
 }
 
 /// A child of a process.

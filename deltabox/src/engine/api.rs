@@ -175,7 +175,7 @@ pub struct RollbackReport {
 pub struct BackReport {
     /// Its PID inside.
     pub pid: i32,
-    /// `in place`: it lived, and what had changed in it was put back.
+    /// `in place`: it lived, and what had changed in it was put back. `fork`: it had ended, and its template made it again.
     pub how: String,
 }
 

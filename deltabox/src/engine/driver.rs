@@ -37,7 +37,7 @@ use super::store::SandboxDir;
 use super::switch::Standing;
 use super::tree::{CheckpointId, Tree};
 use super::{Engine, Error, ready};
-use crate::deltacr::moment::Moment;
+use crate::deltacr::moment::{Identity, Moment};
 use crate::deltacr::stop::Tracer;
 use crate::deltafs::layer::{LayerId, LiveLayer, Record};
 use crate::latency::{Book, Phase, Span};
@@ -174,6 +174,8 @@ pub(super) struct Driver {
     standing: Standing,
     /// The processes of its checkpoints, those whose templates are there.
     moments: BTreeMap<CheckpointId, Moment>,
+    /// Processes that a rollback made again, as they were and as they are, until all moments know.
+    made_again: Vec<(Identity, Identity)>,
     /// Why its processes are on different roots.
     torn: Option<String>,
     tracer: Tracer,
@@ -211,6 +213,7 @@ impl Driver {
             merging: Merging::default(),
             standing: Standing::default(),
             moments: BTreeMap::new(),
+            made_again: Vec::new(),
             torn: None,
             tracer: Tracer::new(),
             manifest,

@@ -27,7 +27,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::deltacr::StopError;
-use crate::deltacr::moment::{self, Draft, How, Moment, MomentError, Nursery, Return};
+use crate::deltacr::moment::{self, Draft, How, Identity, Moment, MomentError, Nursery, Return};
 use crate::deltacr::rebase::{Ahead, Missing, Opened, Plan, RebaseError};
 use crate::deltacr::stop::{Request, Stopped, Tracer, while_stopped};
 use crate::latency::{Phase, Span};
@@ -69,9 +69,8 @@ pub(super) enum Processes<'a> {
     Kept,
     /// Their moment is taken: into `draft`.
     Taken { ground: TakingGround<'a>, draft: &'a mut Option<Draft> },
-    /// They come back to a moment; what became of each goes to `back`. If that fails half way none is left, and `lost`
-    /// says why.
-    Returned { moment: &'a Moment, back: &'a mut Vec<Back>, lost: &'a mut Option<String> },
+    /// They come back to a moment.
+    Returned { moment: &'a Moment, outcome: &'a mut Outcome },
 }
 
 /// What taking a moment needs to know.
@@ -81,6 +80,18 @@ pub(super) struct TakingGround<'a> {
     pub(super) nursery: &'a Nursery,
     /// Where to put the content of shared memory.
     pub(super) memory: &'a Path,
+}
+
+/// What became of processes that were to come back.
+#[derive(Debug, Default)]
+pub(super) struct Outcome {
+    pub(super) back: Vec<Back>,
+    /// Who was made again: as it was, and as it is now.
+    pub(super) made: Vec<(Identity, Identity)>,
+    /// Streams that led out to where nobody is any more: whose (PID inside), and the end to read from.
+    pub(super) streams: Vec<(pid_t, OwnedFd)>,
+    /// Half way something failed, and none is left.
+    pub(super) lost: Option<String>,
 }
 
 /// A process that has come back.
@@ -173,8 +184,8 @@ pub(super) fn switch(
             let init = ground.init;
             let what = Move { namespace: &namespace, from: &from, init, purpose, ahead: std::mem::take(&mut ahead) };
             let moved = match &mut processes {
-                Processes::Returned { moment, back, lost } => {
-                    return_all(stopped, &what, moment, (back, lost), &mut next, span)
+                Processes::Returned { moment, outcome } => {
+                    return_all(stopped, &what, ground.group, (moment, outcome), &mut next, span)
                 }
                 Processes::Kept => move_all(stopped, what, None, &mut walks, &mut next, span),
                 Processes::Taken { ground, draft } => {
@@ -293,8 +304,8 @@ fn move_all(
 fn return_all(
     stopped: &mut Stopped,
     what: &Move<'_>,
-    moment: &Moment,
-    (back, lost): (&mut Vec<Back>, &mut Option<String>),
+    live: &Path,
+    (moment, outcome): (&Moment, &mut Outcome),
     next: &mut impl FnMut() -> io::Result<Option<OwnedFd>>,
     clock: &mut Span,
 ) -> Result<Done, SwitchError> {
@@ -314,7 +325,7 @@ fn return_all(
     let mut go = || -> Result<Opened, SwitchError> {
         way.end(stopped)?;
         clock.end_of(Phase::Kill);
-        way.restore(stopped, from.dev(), &to)?;
+        way.restore(stopped, from.dev(), &to, live)?;
         clock.end_of(Phase::Restore);
         let mut opened = Plan::of_mappings(stopped, from, &way.staying())?.open(&to, Missing::Left)?;
         opened.commit(stopped, namespace)?;
@@ -322,8 +333,8 @@ fn return_all(
         Ok(opened)
     };
     let went = go();
-    back.clear();
-    back.extend(way.plan().back.iter().map(|(identity, how)| Back { inside: identity.inside, how: *how }));
+    let back = way.plan().back.iter().map(|(identity, how)| Back { inside: identity.inside, how: *how }).collect();
+    *outcome = Outcome { back, made: way.made().to_vec(), streams: way.take_streams(), lost: None };
     let (n_processes, n_threads) = (stopped.processes().len(), stopped.n_threads());
     let n_descriptions = Some(moment.held().n_descriptions());
     let given = match went {
@@ -333,7 +344,7 @@ fn return_all(
             for process in stopped.processes() {
                 let _ = kill(Pid::from_raw(process.pid), Signal::SIGKILL);
             }
-            *lost = Some(error.to_string());
+            outcome.lost = Some(error.to_string());
             None
         }
     };

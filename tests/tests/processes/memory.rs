@@ -49,25 +49,29 @@ fn a_program_goes_on_where_it_was_while_it_computes() {
     let Some((host, mut worker)) = start() else { return };
     worker.ask(
         "import threading, time
-count = [0] * 4
+count, go_on, phase = [0] * 4, True, 'before'
 def run(k):
-    while True:
+    while go_on:
         count[k] += 1
         if count[k] % 1000 == 0: time.sleep(0.001)
-for k in range(4): threading.Thread(target=run, args=(k,), daemon=True).start()",
+threads = [threading.Thread(target=run, args=(k,), daemon=True) for k in range(4)]
+for thread in threads: thread.start()",
     );
     let before = worker.ask("count[:]");
     let id = checkpoint(&host);
-    let later = worker.ask("time.sleep(0.2); count[:]");
-    for _ in 0..10 {
-        roll_back(&host, &id);
-        let now = worker.ask("count[:]");
-        for k in 0..4 {
-            let [before, later, now] = [&before, &later, &now].map(|counts| counts[k].as_u64().expect("a count"));
-            assert!(before <= now && now < later, "thread {k}: {before} <= {now} < {later}");
+    for change in ["phase = 'later'", "phase = 'later'; go_on = False; [thread.join() for thread in threads]"] {
+        for _ in 0..5 {
+            worker.ask(change);
+            roll_back(&host, &id);
+            assert_eq!(worker.ask("phase"), json!("before"));
+            for k in 0..4 {
+                let [first, then, last] = [&before, &worker.ask("count[:]"), &worker.ask("time.sleep(0.1); count[:]")]
+                    .map(|counts| counts[k].as_u64().expect("a count"));
+                assert!(first <= then && then < last, "thread {k}: {first} <= {then} < {last}");
+            }
         }
-        worker.ask("time.sleep(0.3)");
     }
+    worker.ask("go_on = False; [thread.join() for thread in threads]");
     assert!(worker.end().success());
 }
 

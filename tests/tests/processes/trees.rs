@@ -129,3 +129,67 @@ fn after_the_daemons_death_no_template_is_left_and_files_can_be_had() {
         .collect();
     assert!(!names.iter().any(|name| name.starts_with('t')), "{names:?}");
 }
+
+#[test]
+fn a_command_that_has_ended_since_is_made_again_from_its_template() {
+    let Some((host, mut worker)) = start() else { return };
+    // Its streams lead to its log.
+    let program = "
+import os, threading, time
+count, stop = 0, threading.Event()
+def run():
+    global count
+    while not stop.wait(0.001): count += 1
+thread = threading.Thread(target=run); thread.start()
+held = open('/srv/held', 'w+'); held.write('held'); held.flush()
+while not os.path.exists('/srv/end'):
+    if os.path.exists('/srv/ask'):
+        os.unlink('/srv/ask')
+        answer = f'{os.getpid()} {os.getsid(0)} {held.tell()} {count > 0} {thread.is_alive()}'
+        open('/srv/answer.new', 'w').write(answer); os.rename('/srv/answer.new', '/srv/answer')
+    time.sleep(0.001)
+print('ends', flush=True)
+stop.set()";
+    let pid = host.cli(["exec", "-d", "box", "--", "/usr/bin/python3", "-c", program]).ok();
+    let ask = "import time
+while not os.path.exists('/srv/held') or os.path.getsize('/srv/held') < 4: time.sleep(0.001)
+open('/srv/ask', 'w').close()
+while not os.path.exists('/srv/answer'): time.sleep(0.001)
+answer = open('/srv/answer').read(); os.unlink('/srv/answer')
+answer";
+    let expected = json!(format!("{pid} {pid} 4 True True"));
+    assert_eq!(worker.ask(ask), expected);
+    let id = checkpoint(&host);
+    let listed = |how: &str| json!({"pid": pid.parse::<u32>().expect("a pid"), "how": how});
+    for _ in 0..3 {
+        worker.ask("open('/srv/end', 'w').close()");
+        deltabox_tests::wait_within(30, "the command has ended", || {
+            host.cli(["--json", "ps", "box"]).json()["processes"].as_array().expect("processes").len() == 2
+        });
+        let report = roll_back(&host, &id);
+        assert!(report["processes"].as_array().expect("processes").contains(&listed("fork")), "{report}");
+        assert_eq!(worker.ask(ask), expected);
+        // It lives again: from now on in place.
+        let report = roll_back(&host, &id);
+        assert!(report["processes"].as_array().expect("processes").contains(&listed("in place")), "{report}");
+        assert_eq!(worker.ask(ask), expected);
+    }
+    worker.ask("open('/srv/end', 'w').close()");
+    deltabox_tests::wait_within(30, "its last words are in its log", || {
+        host.cli(["logs", "box", &pid]).stdout.lines().filter(|line| *line == "ends").count() >= 2
+    });
+    assert!(worker.end().success());
+}
+
+#[test]
+fn a_process_whose_parent_has_ended_is_missing_and_the_rollback_is_refused() {
+    let Some((host, mut worker)) = start() else { return };
+    worker.ask("import subprocess; child = subprocess.Popen(['sleep', '1000']); n = 1");
+    let id = checkpoint(&host);
+    worker.ask("child.kill(); child.wait(); n = 2");
+    let refused = host.cli(["--json", "rollback", "box", &id]);
+    assert_eq!(refused.code(), 3);
+    assert!(refused.error()["message"].as_str().expect("a message").contains("has ended since"));
+    assert_eq!(worker.ask("n"), json!(2));
+    assert!(worker.end().success());
+}

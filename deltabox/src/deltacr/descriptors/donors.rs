@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStringExt;
 
 use libc::pid_t;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::unistd::pipe2;
 
 use super::open::file_error;
 use super::{Description, DescriptorError, DescriptorRefusal, Held, What};
@@ -38,10 +39,10 @@ impl Donors {
         Self { found, given: BTreeSet::new() }
     }
 
-    /// A copy, or the same opened again.
-    pub(super) fn give(&mut self, link: &[u8], flags: i32) -> Result<OwnedFd, DescriptorError> {
+    /// A copy, or the same opened again. With it the other end, where nobody has that any more.
+    pub(super) fn give(&mut self, link: &[u8], flags: i32) -> Result<(OwnedFd, Option<OwnedFd>), DescriptorError> {
         let lost = || DescriptorRefusal::Lost { link: String::from_utf8_lossy(link).into_owned() };
-        let donors = self.found.get(link).ok_or_else(lost)?;
+        let donors = self.found.get(link).map_or(&[][..], Vec::as_slice);
         let access = flags & libc::O_ACCMODE;
         if self.given.insert((link.to_vec(), access)) {
             for (pid, number) in donors {
@@ -54,7 +55,7 @@ impl Donors {
                     let set = fcntl(&copy, FcntlArg::F_SETFL(OFlag::from_bits_retain(flags)));
                     set.map_err(|errno| file_error("set the flags of", c"what leads outside")(errno.into()))?;
                 }
-                return Ok(copy);
+                return Ok((copy, None));
             }
         }
         // A socket has no second opening.
@@ -64,7 +65,18 @@ impl Donors {
             fcntl(&new, FcntlArg::F_SETFL(OFlag::from_bits_retain(flags))).ok()?;
             Some(new)
         });
-        Ok(reopened.next().ok_or_else(lost)?)
+        if let Some(reopened) = reopened.next() {
+            return Ok((reopened, None));
+        }
+        if !link.starts_with(b"pipe:[") {
+            return Err(lost().into());
+        }
+        // Nobody is there any more: an input is at its end, and what is written somebody else will read.
+        let failed = file_error("make", c"a pipe in the place of one that led outside");
+        let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(|errno| failed(errno.into()))?;
+        let (own, other) = if access == libc::O_RDONLY { (read, None) } else { (write, Some(read)) };
+        fcntl(&own, FcntlArg::F_SETFL(OFlag::from_bits_retain(flags))).map_err(|errno| failed(errno.into()))?;
+        Ok((own, other))
     }
 }
 

@@ -9,7 +9,7 @@ use super::{DescriptorError, Seat, Slot, What};
 use crate::deltacr::HandoverError;
 use crate::deltacr::handover::{Gift, LastCall, Receiver, Session, Use, call, check, give_denied_directory};
 use crate::deltacr::locks;
-use crate::deltacr::objects::terminal::bring_forward;
+use crate::deltacr::objects::terminal::{bring_forward, take_terminal};
 use crate::deltacr::stop::Stopped;
 use crate::deltacr::table::Table;
 
@@ -47,7 +47,8 @@ impl Opened<'_> {
     }
 
     /// What a process does once all have what they had: what its epoll instances wait for, who is sent signals about its
-    /// descriptors, which group is in the foreground of its terminal.
+    /// descriptors, which group is in the foreground of its terminal; one that was made again (`is_new`) has to take that
+    /// terminal first.
     ///
     /// # Errors
     /// The process is not what it should be, and must not be let go.
@@ -56,10 +57,11 @@ impl Opened<'_> {
         stopped: &mut Stopped,
         pid: pid_t,
         inside: pid_t,
+        is_new: bool,
     ) -> Result<(), DescriptorError> {
         let Some(seat) = self.held.seats.get(&inside) else { return Ok(()) };
         let slots = self.held.tables.get(seat.table).map_or(&[][..], Vec::as_slice);
-        let calls = self.last_calls(slots, inside);
+        let calls = self.last_calls(slots, inside, is_new);
         if calls.is_empty() {
             return Ok(());
         }
@@ -71,8 +73,8 @@ impl Opened<'_> {
         Ok(Session::open(stopped, receiver)?.give(&[], &calls)?)
     }
 
-    fn last_calls(&self, slots: &[Slot], inside: pid_t) -> Vec<LastCall> {
-        let mut calls = Vec::new();
+    fn last_calls(&self, slots: &[Slot], inside: pid_t, is_new: bool) -> Vec<LastCall> {
+        let (mut calls, mut has_terminal) = (Vec::new(), !is_new);
         for (at, description) in self.held.descriptions.iter().enumerate() {
             let number = slots.iter().find(|slot| slot.description == at).map(|slot| slot.number);
             if let What::Epoll { epoll, holders } = &description.what {
@@ -85,6 +87,9 @@ impl Opened<'_> {
                 && let Some(terminal) = self.held.terminals.get(terminal)
                 && terminal.session() == Some(inside)
             {
+                if !std::mem::replace(&mut has_terminal, true) {
+                    calls.push(take_terminal(number));
+                }
                 calls.extend(terminal.foreground().map(|group| bring_forward(number, group)));
             }
         }

@@ -12,7 +12,7 @@ use nix::unistd::{Whence, lseek};
 
 use super::donors::Donors;
 use super::terminals::{find_master, open_devpts};
-use super::{Cwd, Description, DescriptorError, Held, What};
+use super::{Cwd, Description, DescriptorError, Held, Slot, What};
 use crate::deltacr::objects::terminal::{Pair, Place, Terminal, make_dead, open_slave};
 use crate::deltacr::objects::{ObjectError, Pidfd};
 use crate::deltacr::reopen::{OPENING, make_gone, reopen};
@@ -32,6 +32,8 @@ pub struct Opened<'a> {
     pub(super) cwds: BTreeMap<pid_t, OwnedFd>,
     devpts: Option<OwnedFd>,
     masters: Vec<OwnedFd>,
+    /// Other ends, by description, of what led to where nobody is any more.
+    streams: Vec<(usize, OwnedFd)>,
 }
 
 impl Held {
@@ -63,10 +65,14 @@ impl Held {
             pipes.push(ends.into_iter().map(Some).collect::<Vec<_>>());
         }
         let mut opener = Opener { to, around: &around, memory, gone: None };
-        let mut descriptions = Vec::with_capacity(self.descriptions.len());
+        let (mut descriptions, mut streams) = (Vec::with_capacity(self.descriptions.len()), Vec::new());
         for description in &self.descriptions {
             let made = match &description.what {
-                What::Outside { link } => Some(donors.give(link, description.flags)?),
+                What::Outside { link } => {
+                    let (own, other) = donors.give(link, description.flags)?;
+                    streams.extend(other.map(|other| (descriptions.len(), other)));
+                    Some(own)
+                }
                 What::Pipe { pipe, end } => pipes.get_mut(*pipe).and_then(|ends| ends.get_mut(*end)?.take()),
                 What::Terminal { terminal, is_master } => {
                     let master = masters.get(*terminal).ok_or_else(|| file_error("find", c"a terminal")(missing()))?;
@@ -95,7 +101,7 @@ impl Held {
         for (pid, seat) in &self.seats {
             cwds.insert(*pid, opener.cwd(&seat.cwd)?);
         }
-        Ok(Opened { held: self, descriptions, cwds, devpts, masters })
+        Ok(Opened { held: self, descriptions, cwds, devpts, masters, streams })
     }
 }
 
@@ -121,6 +127,17 @@ impl Opened<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The other ends of what led to where nobody is any more, each with a process (PID inside) that has it.
+    pub(in crate::deltacr) fn take_streams(&mut self) -> Vec<(pid_t, OwnedFd)> {
+        let held = self.held;
+        let owner = |description: usize| {
+            let has = |table: &Vec<Slot>| table.iter().any(|slot| slot.description == description);
+            let seat = held.seats.iter().find(|(_, seat)| held.tables.get(seat.table).is_some_and(has));
+            seat.map_or(0, |(pid, _)| *pid)
+        };
+        self.streams.drain(..).map(|(description, end)| (owner(description), end)).collect()
     }
 
     /// Tells programs whose client's window has changed since.

@@ -61,6 +61,8 @@ pub struct Identity {
     pub host: pid_t,
     /// When it was made, clock ticks since boot: a number is given again, with another time.
     pub start: u64,
+    /// It leads its session.
+    pub leads: bool,
 }
 
 impl Moment {
@@ -83,6 +85,15 @@ impl Moment {
     pub fn memory_bytes(&self) -> u64 {
         let own = |past: &Past| past.memory.mappings.iter().map(|mapping| mapping.anonymous_bytes).sum::<u64>();
         self.processes.iter().map(own).sum::<u64>() + self.shared.n_bytes()
+    }
+
+    /// Takes in that a process was made again: as it `was`, and as it `is`.
+    pub fn rename(&mut self, was: &Identity, is: &Identity) {
+        for past in &mut self.processes {
+            if (past.identity.host, past.identity.start) == (was.host, was.start) {
+                past.identity = Identity { host: is.host, start: is.start, ..past.identity };
+            }
+        }
     }
 
     /// The first template that is not there any more, by its process's PID inside.

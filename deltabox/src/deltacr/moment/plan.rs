@@ -16,6 +16,8 @@ pub struct Live {
 pub enum How {
     /// It lives: what has changed in it is put back.
     InPlace,
+    /// It has ended: its template makes it again, a child of init that leads its session.
+    Fork,
 }
 
 impl How {
@@ -23,6 +25,7 @@ impl How {
     pub fn name(self) -> &'static str {
         match self {
             Self::InPlace => "in place",
+            Self::Fork => "fork",
         }
     }
 }
@@ -30,13 +33,16 @@ impl How {
 /// What is to be done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// Who comes back, parents before children: which process of the moment, and how.
+    /// Who comes back, parents before children, and how: as it is now, or as it was if it has to be made.
     pub back: Vec<(Identity, How)>,
     /// Who has to go, children before parents.
     pub ending: Vec<Identity>,
     /// Who is missing, by PID inside, and what became of it.
     pub missing: Vec<(pid_t, &'static str)>,
 }
+
+/// PID inside of the sandbox's init.
+const INIT: pid_t = 1;
 
 /// From the processes of a moment, parents first, and those that live.
 pub(super) fn plan(past: &[Identity], live: &[Live]) -> Plan {
@@ -47,10 +53,11 @@ pub(super) fn plan(past: &[Identity], live: &[Live]) -> Plan {
         match alive(was) {
             Some(is) if is.parent == was.parent => plan.back.push((is, How::InPlace)),
             Some(_) => plan.missing.push((was.inside, "has lost its parent since")),
+            None if was.parent == INIT && was.leads => plan.back.push((*was, How::Fork)),
             None => plan.missing.push((was.inside, "has ended since")),
         }
     }
-    let comes_back = |is: &Identity| plan.back.iter().any(|(back, _)| back == is);
+    let comes_back = |is: &Identity| plan.back.iter().any(|(back, how)| (back, *how) == (is, How::InPlace));
     let mut ending: Vec<Identity> = live.iter().map(|live| live.identity).filter(|is| !comes_back(is)).collect();
     // A child has a parent that was there before it, or one that adopted it: whoever is younger goes first.
     ending.sort_by_key(|is| std::cmp::Reverse((is.start, is.host)));
@@ -63,7 +70,7 @@ mod tests {
     use super::*;
 
     fn one(inside: pid_t, parent: pid_t, start: u64) -> Identity {
-        Identity { inside, parent, host: inside + 1000, start }
+        Identity { inside, parent, host: inside + 1000, start, leads: false }
     }
 
     fn live(identities: &[Identity]) -> Vec<Live> {
@@ -87,6 +94,17 @@ mod tests {
         let plan = plan(&past, &live(&[again]));
         assert_eq!((plan.back.len(), plan.ending), (0, vec![again]));
         assert_eq!(plan.missing, [(2, "has ended since")]);
+    }
+
+    #[test]
+    fn a_command_that_has_ended_is_made_again_and_its_children_are_missing() {
+        let command = Identity { leads: true, ..one(2, 1, 10) };
+        let past = [command, one(3, 2, 11), one(4, 1, 12)];
+        let orphan = one(3, 1, 11);
+        let plan = plan(&past, &live(&[orphan]));
+        assert_eq!(plan.back, [(command, How::Fork)]);
+        assert_eq!(plan.missing, [(3, "has lost its parent since"), (4, "has ended since")]);
+        assert_eq!(plan.ending, [orphan]);
     }
 
     #[test]

@@ -267,7 +267,7 @@ mod tests {
 
     #[test]
     fn parents_come_before_children_however_they_are_listed() {
-        let one = |inside, parent| Identity { inside, parent, host: inside + 1000, start: 1 };
+        let one = |inside, parent| Identity { inside, parent, host: inside + 1000, start: 1, leads: false };
         let sorted = parents_first(&[one(9, 7), one(7, 5), one(8, 1), one(5, 1)]);
         let inside: Vec<_> = sorted.iter().map(|one| one.inside).collect();
         assert_eq!(inside, [8, 5, 7, 9]);

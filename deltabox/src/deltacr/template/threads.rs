@@ -75,6 +75,12 @@ impl Threads {
         self.cast(stopped, pid).map(drop)
     }
 
+    /// Whether a stopped process has just these threads.
+    pub(in crate::deltacr) fn are_those_of(&self, stopped: &Stopped, pid: pid_t) -> Result<bool, TemplateError> {
+        let cast = self.cast(stopped, pid)?;
+        Ok(cast.extra.is_empty() && !cast.hosts.contains(&0))
+    }
+
     pub(super) fn cast(&self, stopped: &Stopped, pid: pid_t) -> Result<Cast, TemplateError> {
         let mut hosts = vec![0; self.records.len()];
         let mut extra = Vec::new();

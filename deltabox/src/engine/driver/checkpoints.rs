@@ -24,7 +24,7 @@ use crate::engine::footing::Footing;
 use crate::engine::manifest::Manifest;
 use crate::engine::store::SandboxDir;
 use crate::engine::switch::{
-    Errand, Ground, OldRoot, Processes, Purpose, SwitchError, Switched, TakingGround, Walks, switch,
+    Errand, Ground, OldRoot, Outcome, Processes, Purpose, SwitchError, Switched, TakingGround, Walks, switch,
 };
 use crate::engine::tree::{Checkpoint, CheckpointId, Measured};
 use crate::engine::{Engine, Error, unix_ms};
@@ -220,7 +220,20 @@ impl Driver {
         let moment = moment.map(|_| target.id).and_then(|id| self.moments.remove_entry(&id));
         let rolled_back = self.roll_back(&target, (init, &group), moment.as_ref().map(|(_, moment)| moment), span);
         self.moments.extend(moment);
+        for (was, is) in std::mem::take(&mut self.made_again) {
+            self.moments.values_mut().for_each(|moment| moment.rename(&was, &is));
+        }
         rolled_back
+    }
+
+    /// What commands write that had ended and have come back goes to their logs: their clients are gone.
+    fn log_streams(&self, streams: Vec<(i32, OwnedFd)>) {
+        for (pid, end) in streams {
+            let path = self.dir.log(u32::try_from(pid).unwrap_or(0));
+            if let Err(error) = self.logs.follow(end, &path) {
+                tracing::error!(sandbox = %self.manifest.id, pid, %error, "log lost");
+            }
+        }
     }
 
     fn roll_back(
@@ -243,10 +256,10 @@ impl Driver {
         let ground = Ground { init, group, deadline: Instant::now() + DEADLINE };
         let ready = mount.try_clone().map_err(io_error("mount the next root of", dir))?;
         let next = || mount.try_clone().map(Some);
-        let (mut back, mut lost) = (Vec::new(), None);
+        let mut outcome = Outcome::default();
         let processes = match moment {
             None => Processes::Kept,
-            Some(moment) => Processes::Returned { moment, back: &mut back, lost: &mut lost },
+            Some(moment) => Processes::Returned { moment, outcome: &mut outcome },
         };
         let errand = Errand { purpose: Purpose::Discard, processes };
         let switched = switch(&mut self.tracer, &ground, errand, walks, Some(ready), next, span);
@@ -260,6 +273,9 @@ impl Driver {
             tracing::error!(sandbox = %self.manifest.id, %error, "rolled back, but that could not be written down yet");
         }
         span.end_of(Phase::Manifest);
+        let Outcome { back, made, streams, lost } = outcome;
+        self.made_again.extend(made);
+        self.log_streams(streams);
         if let Some(why) = lost {
             self.clean_up(old, Some(discarded));
             return Err(Error::Lost { id: self.manifest.id.clone(), checkpoint: target.id.to_string(), why });
