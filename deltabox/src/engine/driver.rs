@@ -236,6 +236,11 @@ impl Driver {
         self.torn = Some(why);
     }
 
+    /// The processes that its checkpoints hold.
+    pub(super) fn set_moments(&mut self, moments: BTreeMap<CheckpointId, Moment>) {
+        self.moments = moments;
+    }
+
     /// Serves until the sandbox is removed. Returns the reply of that request, for when its name is free again.
     pub(super) fn run(mut self) -> Reply<()> {
         loop {

@@ -1,6 +1,6 @@
 //! What an engine finds when it starts: sandboxes that ran on without it, dead ones, and half-made ones.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -14,9 +14,9 @@ use super::driver::{Life, Mail};
 use super::manifest::Manifest;
 use super::store::{DAMAGED, REMOVING, SandboxDir};
 use super::switch::{Purpose, finish};
-use super::tree::Tree;
+use super::tree::{CheckpointId, Tree};
 use super::{Engine, Error};
-use crate::deltacr::moment;
+use crate::deltacr::moment::{self, Moment};
 use crate::deltafs::layer::{LayerId, Record};
 use crate::deltafs::remove::remove_tree;
 use crate::sandbox::cgroup::{self, Cgroups};
@@ -102,13 +102,13 @@ fn take_up(engine: &Engine, mut manifest: Manifest) -> Result<(), Error> {
             None
         }
     };
-    // What is known of them was the last engine's.
-    let forgotten = forget_moments(&manifest, &dir);
-    log_failure(id.as_str(), "remove the templates of its last engine", forgotten);
+    let (moments, cleaned) = find_moments(&manifest, &dir, &tree);
+    log_failure(id.as_str(), "remove templates that belong to no checkpoint", cleaned);
     let settled = settle(engine, &mut manifest, &tree, life.as_ref());
     let io = |source| Error::Io { op: "recover", path: listener.clone(), source };
     let mail = Arc::new(Mail::new().map_err(|errno| io(errno.into()))?);
     let mut driver = register(engine, manifest, tree, life, mail);
+    driver.set_moments(moments);
     if let Err(error) = settled {
         tracing::error!(sandbox = %id, %error, "in the middle of a switch; it cannot be finished");
         driver.set_torn(format!("its move to another root cannot be finished: {error}"));
@@ -121,21 +121,42 @@ fn take_up(engine: &Engine, mut manifest: Manifest) -> Result<(), Error> {
     std::thread::Builder::new().name(format!("sb-{id}")).spawn(drive).map(drop).map_err(io)
 }
 
-/// Removes templates, and copies of shared memory, that nobody knows what to do with any more.
-fn forget_moments(manifest: &Manifest, dir: &SandboxDir) -> Result<(), Error> {
+/// Finds the processes that checkpoints hold, and removes templates and files of others.
+fn find_moments(
+    manifest: &Manifest,
+    dir: &SandboxDir,
+    tree: &Tree,
+) -> (BTreeMap<CheckpointId, Moment>, Result<(), Error>) {
     let group = &manifest.cgroups.unified;
+    let mut moments = BTreeMap::new();
+    for one in tree.iter().filter(|one| !one.fs_only) {
+        match Moment::load(&dir.processes(one.id), group) {
+            Ok(moment) => drop(moments.insert(one.id, moment)),
+            Err(error) => {
+                tracing::warn!(sandbox = %manifest.id, checkpoint = %one.id, %error, "holds files only: its processes are lost");
+            }
+        }
+    }
+    let kept = moments.values().flat_map(Moment::template_names).collect();
     let failed = |path: &Path| {
         let path = path.to_owned();
         move |source| Error::Io { op: "clean up", path, source }
     };
-    let removed = moment::remove_templates(group, "t").map_err(|error| failed(group)(io::Error::other(error)));
+    let removed = moment::remove_templates(group, "t", &kept).map_err(|error| failed(group)(io::Error::other(error)));
     let checkpoints = dir.checkpoints();
-    for entry in fs::read_dir(&checkpoints).map_err(failed(&checkpoints))?.flatten() {
-        if entry.path().extension().is_some_and(|extension| extension == "memory") {
-            fs::remove_file(entry.path()).map_err(failed(&entry.path()))?;
+    let clean = || {
+        for entry in fs::read_dir(&checkpoints).map_err(failed(&checkpoints))?.flatten() {
+            let path = entry.path();
+            let id = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse().ok());
+            let is_kept = id.is_some_and(|id| moments.contains_key(&id));
+            if path.extension().is_some_and(|extension| extension == "memory" || extension == "processes") && !is_kept {
+                fs::remove_file(&path).map_err(failed(&path))?;
+            }
         }
-    }
-    removed
+        Ok(())
+    };
+    let cleaned = removed.and_then(|()| clean());
+    (moments, cleaned)
 }
 
 /// Finishes a switch that the last engine was in the middle of: which layer is the live one, and everybody on it. After

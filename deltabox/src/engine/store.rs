@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{Flock, FlockArg};
 
 use super::Error;
+use super::tree::CheckpointId;
 use crate::deltafs::remove::remove_tree;
 use crate::deltafs::sync::sync_dir;
 use crate::sandbox::SandboxId;
@@ -158,6 +159,11 @@ impl SandboxDir {
 
     pub(super) fn checkpoints(&self) -> PathBuf {
         self.0.join("checkpoints")
+    }
+
+    /// What a checkpoint holds of processes.
+    pub(super) fn processes(&self, id: CheckpointId) -> PathBuf {
+        self.checkpoints().join(format!("{id}.processes"))
     }
 
     pub(super) fn logs(&self) -> PathBuf {

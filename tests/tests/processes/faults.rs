@@ -26,7 +26,15 @@ fn templates(host: &Host) -> Vec<String> {
 
 #[test]
 fn a_checkpoint_that_fails_at_any_step_leaves_the_program_and_nothing_else() {
-    for fault in ["moment.take", "template.cloned", "template.attended", "switch.pivot", "rebase.give", "tree.write"] {
+    for fault in [
+        "moment.take",
+        "template.cloned",
+        "template.attended",
+        "switch.pivot",
+        "rebase.give",
+        "moment.save",
+        "tree.write",
+    ] {
         let Some((host, mut worker)) = start(fault) else { return };
         worker.ask("n = 1; f = open('/srv/f', 'w'); f.write('one'); f.flush()");
         let failed = host.cli(["--json", "checkpoint", "box"]);
@@ -119,18 +127,24 @@ fn an_engine_killed_in_a_rollback_leaves_all_or_no_programs_and_whole_files() {
         assert_ne!(host.cli(["rollback", "box", &id]).code(), 0, "{fault}");
         host.wait_daemon();
         let host = host.restart_without_faults();
-        if survives {
+        // Its input stays open.
+        let _worker = if survives {
             assert_eq!(worker.ask("[n, open('/srv/f').read()]"), json!([2, "two"]), "{fault}");
             checkpoint(&host);
-            assert!(worker.end().success());
+            Some(worker)
         } else {
             assert_ne!(worker.wait().code(), Some(0), "{fault}");
             let file = host.sh("box", "cat /srv/f").ok();
             assert!(["one", "two"].contains(&file.as_str()), "{fault}: {file}");
             let ps = host.cli(["--json", "ps", "box"]).json();
             assert_eq!(ps["processes"].as_array().expect("processes").len(), 1, "{fault}");
-        }
-        host.cli(["rollback", "box", &id, "--fs-only"]).ok();
+            None
+        };
+        // And back it is, in place or made again.
+        let report = roll_back(&host, &id);
+        assert_eq!(report["processes"].as_array().expect("processes").len(), 1, "{fault}: {report}");
         assert_eq!(host.sh("box", "cat /srv/f").ok(), "one", "{fault}");
+        let ps = host.cli(["--json", "ps", "box"]).json();
+        assert_eq!(ps["processes"].as_array().expect("processes").len(), 2, "{fault}");
     }
 }

@@ -13,13 +13,16 @@
 
 mod end;
 mod error;
+mod file;
 mod plan;
 mod restore;
 mod take;
 
 use libc::pid_t;
+use serde::{Deserialize, Serialize};
 
 pub use error::MomentError;
+pub use file::FileError;
 pub use plan::{How, Live, Plan};
 pub use restore::Return;
 pub use take::{Draft, Ground, Nursery, remove_templates};
@@ -51,7 +54,7 @@ struct Past {
 }
 
 /// Which process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     /// In the sandbox's PID namespace.
     pub inside: pid_t,
@@ -87,13 +90,16 @@ impl Moment {
         self.processes.iter().map(own).sum::<u64>() + self.shared.n_bytes()
     }
 
-    /// Takes in that a process was made again: as it `was`, and as it `is`.
-    pub fn rename(&mut self, was: &Identity, is: &Identity) {
+    /// Takes in that a process was made again: as it `was`, and as it `is`. Whether it is one of these.
+    pub fn rename(&mut self, was: &Identity, is: &Identity) -> bool {
+        let mut is_one = false;
         for past in &mut self.processes {
             if (past.identity.host, past.identity.start) == (was.host, was.start) {
                 past.identity = Identity { host: is.host, start: is.start, ..past.identity };
+                is_one = true;
             }
         }
+        is_one
     }
 
     /// The first template that is not there any more, by its process's PID inside.

@@ -1,5 +1,6 @@
 //! Taking a moment.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -187,16 +188,17 @@ impl Draft {
     }
 }
 
-/// Removes the templates that are in groups below `group`, whose names are `prefix` and more: their moment is lost.
+/// Removes the templates that are in groups below `group`, whose names are `prefix` and more, but for those in `kept`:
+/// their moment is lost.
 ///
 /// # Errors
 /// The first failure; the others were removed.
-pub fn remove_templates(group: &Path, prefix: &str) -> Result<(), MomentError> {
+pub fn remove_templates(group: &Path, prefix: &str, kept: &BTreeSet<String>) -> Result<(), MomentError> {
     let entries = match fs::read_dir(group) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         other => other.map_err(process("list the templates of", 0))?,
     };
-    let is_one = |name: &str| name.starts_with(prefix);
+    let is_one = |name: &str| name.starts_with(prefix) && !kept.contains(name);
     let groups = entries.flatten().filter(|entry| entry.file_name().to_str().is_some_and(is_one));
     let remove = |path: PathBuf| {
         let end = Instant::now() + END_PATIENCE;

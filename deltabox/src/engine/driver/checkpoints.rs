@@ -139,6 +139,12 @@ impl Driver {
         let mut checkpoint =
             Checkpoint::new(id, request.name.clone(), parent, epoch, unix_ms(), top, root, frozen, durable);
         checkpoint.fs_only = request.fs_only;
+        let saved = moment.as_ref().map_or(Ok(()), |moment| moment.save(&self.dir.processes(id)));
+        if let Err(error) = saved {
+            self.clean_up(old, None);
+            self.forget_moment(id, moment);
+            return Err(io_error("write what is held of processes in", &self.dir)(error));
+        }
         let made = self.record_checkpoint(&mut checkpoint, measured, span);
         // Whatever failed: the programs are where they are.
         match made {
@@ -148,7 +154,7 @@ impl Driver {
             }
             Err(error) => {
                 self.clean_up(old, None);
-                self.forget_moment(moment);
+                self.forget_moment(id, moment);
                 Err(error)
             }
         }
@@ -162,10 +168,12 @@ impl Driver {
     }
 
     /// Removes the templates of a checkpoint that is no more.
-    fn forget_moment(&self, moment: Option<Moment>) {
+    fn forget_moment(&self, checkpoint: CheckpointId, moment: Option<Moment>) {
         let Some(moment) = moment else { return };
-        let id = self.manifest.id.clone();
+        let (id, path) = (self.manifest.id.clone(), self.dir.processes(checkpoint));
         self.engine.0.janitor.take(move || {
+            // Without templates it says nothing: the next engine removes it, if it is still there.
+            let _ = std::fs::remove_file(path);
             if let Err(error) = moment.remove() {
                 tracing::error!(sandbox = %id, %error, "a template stays until its sandbox ends");
             }
@@ -221,7 +229,14 @@ impl Driver {
         let rolled_back = self.roll_back(&target, (init, &group), moment.as_ref().map(|(_, moment)| moment), span);
         self.moments.extend(moment);
         for (was, is) in std::mem::take(&mut self.made_again) {
-            self.moments.values_mut().for_each(|moment| moment.rename(&was, &is));
+            for (id, moment) in &mut self.moments {
+                if moment.rename(&was, &is)
+                    && let Err(error) = moment.save(&self.dir.processes(*id))
+                {
+                    // The next engine takes that process for another one, and makes it again.
+                    tracing::error!(sandbox = %self.manifest.id, checkpoint = %id, %error, "not written down");
+                }
+            }
         }
         rolled_back
     }
@@ -305,7 +320,7 @@ impl Driver {
         self.show();
         removed.map_err(io_error("remove a checkpoint from", &self.dir))?;
         let moment = self.moments.remove(&target.id);
-        self.forget_moment(moment);
+        self.forget_moment(target.id, moment);
         self.engine.collect_of(&self.manifest.id).map(drop)
     }
 
@@ -476,7 +491,7 @@ fn measured_of(switched: Switched) -> (bool, Measured, Option<OldRoot>) {
 fn without_processes(manifest: &Manifest, target: &Checkpoint) -> Error {
     let why = match target.fs_only {
         true => "that checkpoint was made with --fs-only: it holds no processes",
-        false => "its processes are not held any more: the engine was restarted since, or the sandbox killed",
+        false => "its processes are not held any more: a template was lost, or the sandbox killed",
     };
     Error::Refused {
         what: format!("roll `{}` back to {} with its processes", manifest.id, target.id),
