@@ -125,11 +125,7 @@ pub(super) fn quiet_end() -> [Call; 3] {
     // The size of the kernel's `struct robust_list_head`.
     const LIST_BYTES: u64 = 24;
     let call = |nr, first, second| Call { nr, args: [first, second, 0, 0, 0, 0] };
-    [
-        call(libc::SYS_set_robust_list, 0, LIST_BYTES),
-        call(libc::SYS_set_tid_address, 0, 0),
-        call(libc::SYS_exit, 0, 0),
-    ]
+    [call(libc::SYS_set_robust_list, 0, LIST_BYTES), call(libc::SYS_set_tid_address, 0, 0), call(libc::SYS_exit, 0, 0)]
 }
 
 impl Stopped {

@@ -133,20 +133,8 @@ impl<'a> Hand<'a> {
         stopped.pin_to(stat.cpu);
         let exit_signal = stat.exit_signal;
         let (area, waits, closed) = (0, false, false);
-        let mut hand = Self {
-            stopped,
-            pid,
-            tid,
-            memory,
-            own,
-            mask,
-            marker,
-            exit_signal,
-            area,
-            waits,
-            closed,
-            ends_with_engine,
-        };
+        let mut hand =
+            Self { stopped, pid, tid, memory, own, mask, marker, exit_signal, area, waits, closed, ends_with_engine };
         hand.set_options(libc::PTRACE_O_SUSPEND_SECCOMP)?;
         hand.enter(ground)?;
         Ok(hand)

@@ -259,7 +259,8 @@ fn engine_that_will_be_killed() {
     let source = Source::of(&template).expect("pages");
     let stop = Stop { group, excluded: &[], deadline: Instant::now() + PATIENCE };
     println!("engine begins");
-    let made = while_stopped(stop, |stopped| restore_by_fork(stopped, &template, &past(&memory, &source, &threads), group));
+    let made =
+        while_stopped(stop, |stopped| restore_by_fork(stopped, &template, &past(&memory, &source, &threads), group));
     made.expect("stop").expect("a process");
 }
 
@@ -311,7 +312,10 @@ impl Ended {
                 }
                 return lives;
             }
-            assert!(Instant::now() < end, "the template runs, or half a process: gone {is_gone}, lives {lives}, {state}");
+            assert!(
+                Instant::now() < end,
+                "the template runs, or half a process: gone {is_gone}, lives {lives}, {state}"
+            );
             std::thread::yield_now();
         }
     }

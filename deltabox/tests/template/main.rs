@@ -7,10 +7,10 @@ mod killed;
 mod made;
 mod measured;
 mod restored;
-mod threads;
 #[path = "../stop_inject/target.rs"]
 #[expect(dead_code, reason = "some of it is for tests of stops alone")]
 mod target;
+mod threads;
 
 use std::fs;
 use std::os::unix::fs::FileExt;

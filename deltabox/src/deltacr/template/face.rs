@@ -18,7 +18,17 @@ pub(super) struct Face {
 
 /// The fields that make up what a thread may do, and that a thread which it makes inherits.
 const RIGHTS: [&str; 11] = [
-    "Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp", "Seccomp_filters",
+    "Uid",
+    "Gid",
+    "Groups",
+    "CapInh",
+    "CapPrm",
+    "CapEff",
+    "CapBnd",
+    "CapAmb",
+    "NoNewPrivs",
+    "Seccomp",
+    "Seccomp_filters",
 ];
 /// CAP_CHECKPOINT_RESTORE and CAP_SYS_ADMIN: either allows to choose a number.
 const CHOOSE_NUMBERS: u64 = 1 << 40 | 1 << 21;

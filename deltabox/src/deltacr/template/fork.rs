@@ -152,7 +152,9 @@ fn fork(
     live: BorrowedFd<'_>,
 ) -> Result<pid_t, TemplateError> {
     let failed = process::<io::Error>("fork the template", template.pid());
-    let Some(leader) = past.threads.leader() else { return Err(TemplateRefusal::Threads { pid: template.pid() }.into()) };
+    let Some(leader) = past.threads.leader() else {
+        return Err(TemplateRefusal::Threads { pid: template.pid() }.into());
+    };
     let kills = ptrace::Options::PTRACE_O_EXITKILL;
     ptrace::setoptions(Pid::from_raw(template.pid()), kills).map_err(|error| failed(error.into()))?;
     template.freezer().thaw()?;

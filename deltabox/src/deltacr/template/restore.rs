@@ -141,7 +141,11 @@ pub fn restore_in_place(stopped: &mut Stopped, pid: pid_t, past: &Past<'_>) -> R
 }
 
 /// What is to be done first. The process is unchanged.
-pub(super) fn plan_mappings<'a>(stopped: &mut Stopped, pid: pid_t, past: &Past<'a>) -> Result<(Room<'a>, First), TemplateError> {
+pub(super) fn plan_mappings<'a>(
+    stopped: &mut Stopped,
+    pid: pid_t,
+    past: &Past<'a>,
+) -> Result<(Room<'a>, First), TemplateError> {
     let mut hand = stopped.hand(pid)?;
     let Past { memory, advice_is_unchanged, files, .. } = *past;
     let room = Room { pid, area: hand.area(), memory, advice_is_unchanged, files };
