@@ -170,3 +170,223 @@ fn a_program_of_threads_is_made_again_with_all_of_them() {
 fn a_program_of_sixty_four_threads_is_made_again() {
     comes_back("64", "m", 1);
 }
+
+fn refusal(subject: &Subject, point: &Point) -> TemplateRefusal {
+    let Err(error) = fork(&subject.0.group.0, point) else { panic!("a process was made") };
+    is_at_rest(&point.template);
+    let procs = fs::read_to_string(subject.0.group.0.join("cgroup.procs")).expect("processes");
+    assert_eq!(procs, "", "something was made");
+    let TemplateError::Refused(refusal) = error else { panic!("{error}") };
+    refusal
+}
+
+#[test]
+fn a_program_that_shared_writable_memory_is_refused() {
+    let mut subject = Subject::run("crew", "2", &[LEADS[0], ("SHARED", "1")]);
+    let point = subject.checkpoint();
+    subject.0.child.kill().expect("kill");
+    subject.0.child.wait().expect("reap");
+    let refusal = refusal(&subject, &point);
+    assert!(matches!(refusal, TemplateRefusal::Lost { kind: "shared memory", .. }), "{refusal}");
+    remove(point.template);
+}
+
+#[test]
+fn a_program_that_lives_still_is_not_made_twice() {
+    let mut subject = Subject::run("crew", "2", &LEADS);
+    let point = subject.checkpoint();
+    let pid = subject.0.pid();
+    let source = Source::of(&point.template).expect("pages");
+    let group = subject.0.group.0.clone();
+    let error = subject.0.group.stopped(|stopped| {
+        let past = past(&point.memory, &source, &point.threads);
+        let error = restore_by_fork(stopped, &point.template, &past, &group).expect_err("a second one");
+        assert_eq!(stopped.processes().len(), 1);
+        error
+    });
+    assert!(
+        matches!(error, TemplateError::Refused(TemplateRefusal::NumberTaken { number }) if number == pid),
+        "{error}"
+    );
+    is_at_rest(&point.template);
+    subject.tell(b'c');
+    remove(point.template);
+}
+
+#[test]
+fn a_program_of_another_user_is_refused_for_it_may_not_choose_its_number() {
+    let mut subject = Subject::run("crew", "0", &[LEADS[0], ("USER_NUMBER", "64332")]);
+    let point = subject.checkpoint();
+    subject.0.child.kill().expect("kill");
+    subject.0.child.wait().expect("reap");
+    assert_eq!(refusal(&subject, &point), TemplateRefusal::Denied { pid: point.template.pid() });
+    remove(point.template);
+}
+
+#[test]
+fn a_lost_template_is_told() {
+    let mut subject = Subject::run("crew", "0", &LEADS);
+    let point = subject.checkpoint();
+    let source = Source::of(&point.template).expect("pages");
+    subject.0.child.kill().expect("kill");
+    subject.0.child.wait().expect("reap");
+    kill_and_reap(point.template.pid());
+    let group = subject.0.group.0.clone();
+    let error = subject.0.group.stopped(|stopped| {
+        let past = past(&point.memory, &source, &point.threads);
+        restore_by_fork(stopped, &point.template, &past, &group).expect_err("a process")
+    });
+    let pid = point.template.pid();
+    assert!(
+        matches!(error, TemplateError::Refused(TemplateRefusal::TemplateGone { pid: other }) if other == pid),
+        "{error}"
+    );
+    point.template.remove(PATIENCE).expect("remove");
+}
+
+/// Not a test: the engine that is killed by the next ones.
+#[test]
+fn engine_that_will_be_killed() {
+    let (Some(group), Some(records)) = (std::env::var_os("DELTABOX_TEST_GROUP"), std::env::var_os("DELTABOX_RECORDS"))
+    else {
+        return;
+    };
+    let group = Path::new(&group);
+    let records = fs::read(records).expect("records");
+    let (memory, threads): (Memory, Threads) = serde_json::from_slice(&records).expect("records");
+    let freezer = Freezer::open(group.join("t1")).expect("a group");
+    let template = Template::find(freezer).expect("look").expect("a template");
+    let source = Source::of(&template).expect("pages");
+    let stop = Stop { group, excluded: &[], deadline: Instant::now() + PATIENCE };
+    println!("engine begins");
+    let made =
+        while_stopped(stop, |stopped| restore_by_fork(stopped, &template, &past(&memory, &source, &threads), group));
+    made.expect("stop").expect("a process");
+}
+
+/// A program that was killed, and its records in a file.
+struct Ended {
+    subject: Subject,
+    pid: libc::pid_t,
+    point: Point,
+    records: std::path::PathBuf,
+}
+
+impl Ended {
+    fn new() -> Self {
+        let mut subject = Subject::run("crew", "3", &LEADS);
+        let pid = subject.0.pid();
+        let point = subject.checkpoint();
+        subject.0.child.kill().expect("kill");
+        subject.0.child.wait().expect("reap");
+        let records = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("records-{}-{pid}", std::process::id()));
+        fs::write(&records, serde_json::to_vec(&(&point.memory, &point.threads)).expect("records")).expect("write");
+        Self { subject, pid, point, records }
+    }
+
+    fn engine(&self) -> Command {
+        let mut command = Command::new(std::env::current_exe().expect("own path"));
+        command
+            .args(["--exact", "forked::engine_that_will_be_killed", "--nocapture"])
+            .env("DELTABOX_TEST_GROUP", &self.subject.0.group.0)
+            .env("DELTABOX_RECORDS", &self.records)
+            .stderr(Stdio::null());
+        command
+    }
+
+    /// Waits until all of the group that can end has ended: it is reaped. Whether the template lives.
+    fn settle(&self) -> bool {
+        let template = self.point.template.pid();
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let status = waitpid(Pid::from_raw(self.pid), Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG));
+            let is_gone = !matches!(status, Ok(WaitStatus::StillAlive));
+            let state = fs::read_to_string(self.point.template.freezer().path().join("cgroup.freeze")).expect("state");
+            let lives = self.point.template.lives().expect("ask");
+            // Frozen, or dead: it must come to that by itself.
+            if is_gone && (!lives || state.trim() == "1") {
+                if lives {
+                    is_at_rest(&self.point.template);
+                } else {
+                    reap(template);
+                }
+                return lives;
+            }
+            assert!(
+                Instant::now() < end,
+                "the template runs, or half a process: gone {is_gone}, lives {lives}, {state}"
+            );
+            std::thread::yield_now();
+        }
+    }
+
+    /// The template is as good as before, if it is there.
+    fn end(self, lives: bool) {
+        if lives {
+            let (pid, mut voice) = fork(&self.subject.0.group.0, &self.point).expect("a process");
+            voice.tell(b'c');
+            kill_and_reap(pid);
+            remove(self.point.template);
+        } else {
+            let group = self.subject.0.group.0.join("t1");
+            drop(self.point.template);
+            fs::remove_dir(group).expect("an empty group");
+        }
+        fs::remove_file(self.records).expect("remove the records");
+    }
+}
+
+fn is_frozen_or_dead_after(point: &str, action: &str, lives: bool) {
+    let ended = Ended::new();
+    let status = ended.engine().env("DELTABOX_FAULT", format!("{point}:{action}")).stdout(Stdio::null()).status();
+    let status = status.expect("run an engine");
+    let signal = std::os::unix::process::ExitStatusExt::signal(&status);
+    assert_eq!(signal, (action == "kill").then_some(9), "{point}: the engine ended with {status}");
+    assert!(!status.success(), "nothing happened to the engine");
+    assert_eq!(ended.settle(), lives, "{point}:{action}");
+    ended.end(lives);
+}
+
+macro_rules! points {
+    ($($test:ident $point:literal $killed:literal $failed:literal),+ $(,)?) => {
+        $(#[test]
+        fn $test() {
+            is_frozen_or_dead_after($point, "kill", $killed);
+            is_frozen_or_dead_after($point, "error", $failed);
+        })+
+    };
+}
+
+points! {
+    a_template_is_at_rest_without_an_engine_that_has_seized_it "fork.seized" true true,
+    a_template_is_dead_without_an_engine_that_has_thawed_it "fork.thawed" false true,
+    a_template_is_dead_without_an_engine_that_has_its_child "fork.born" false true,
+    a_template_is_dead_without_an_engine_that_has_frozen_it "fork.frozen" false false,
+    a_template_is_at_rest_without_an_engine_that_is_about_to_free_it "fork.freed" true true,
+    half_a_process_does_not_outlive_its_engine "fork.furnished" true true,
+}
+
+#[test]
+fn templates_survive_or_die_but_never_run_when_engines_are_killed_at_any_moment() {
+    let mut random = 12345_u64;
+    let mut n_lived = 0;
+    let n_rounds = crate::target::n_rounds() / 4;
+    for _ in 0..n_rounds {
+        let ended = Ended::new();
+        let mut engine = ended.engine().stdout(Stdio::piped()).spawn().expect("start an engine");
+        let mut lines = BufReader::new(engine.stdout.take().expect("its output")).lines();
+        assert!(lines.by_ref().map_while(Result::ok).any(|line| line.contains("engine begins")));
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let end = Instant::now() + Duration::from_micros((random >> 33) % 6000);
+        while Instant::now() < end {
+            std::hint::spin_loop();
+        }
+        engine.kill().expect("kill the engine");
+        engine.wait().expect("reap the engine");
+        // A whole process runs on; without descriptors it ends itself.
+        let lives = ended.settle();
+        n_lived += usize::from(lives);
+        ended.end(lives);
+    }
+    println!("{n_lived} of {n_rounds} templates outlived their engines");
+}

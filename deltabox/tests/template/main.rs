@@ -45,7 +45,7 @@ impl Subject {
     /// A Python program, in a PID namespace whose init is a shell. That takes the first byte.
     pub(crate) fn python(path: &str) -> Self {
         nix::sys::prctl::set_child_subreaper(true).expect("become a subreaper");
-        const INSIDE: &str = r#"head -c1 >&2; exec 3<&0; exec unshare -p -f --kill-child sh -c '"$@" <&3 3<&- & exec 3<&-; wait' sh "$@""#;
+        const INSIDE: &str = r#"head -c1 >/dev/null; exec 3<&0; exec unshare -p -f --kill-child sh -c '"$@" <&3 3<&- & exec 3<&-; wait' sh "$@""#;
         let arguments = ["-c", INSIDE, "sh", "python3", path];
         Self::inside(Target::start_program(std::path::Path::new("/bin/sh"), &arguments, &[]))
     }

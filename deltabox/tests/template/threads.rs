@@ -2,10 +2,14 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
-use deltabox::deltacr::template::{Report, TemplateError, TemplateRefusal, Threads};
+use deltabox::deltacr::stop::{Request as Stop, while_stopped};
+use deltabox::deltacr::template::{
+    Freezer, Memory, Past, Report, Source, Template, TemplateError, TemplateRefusal, Threads, restore_in_place,
+};
 
 use crate::{PATIENCE, Subject};
 
@@ -192,7 +196,7 @@ while True:
     else: break
     print('ok', flush=True)
 "#;
-    let path = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("crew.py");
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("crew.py");
     fs::write(&path, CODE).expect("write a program");
     let mut subject = Subject::python(path.to_str().expect("a path"));
     let point = subject.checkpoint();
@@ -205,4 +209,73 @@ while True:
     }
     subject.tell(b'c');
     point.template.remove(PATIENCE).expect("remove a template");
+}
+
+/// Not a test: the engine that is killed by the next ones.
+#[test]
+fn engine_that_will_be_killed() {
+    let (Some(group), Ok(records), Ok(pid)) = (
+        std::env::var_os("DELTABOX_TEST_GROUP"),
+        std::env::var("DELTABOX_RECORDS"),
+        std::env::var("DELTABOX_TEST_PID"),
+    ) else {
+        return;
+    };
+    let (group, pid) = (Path::new(&group), pid.parse().expect("a pid"));
+    let records = fs::read(records).expect("records");
+    let (memory, threads): (Memory, Threads) = serde_json::from_slice(&records).expect("records");
+    let freezer = Freezer::open(group.join("t1")).expect("a group");
+    let source = Source::of(&Template::find(freezer).expect("look").expect("a template")).expect("pages");
+    let stop = Stop { group, excluded: &[], deadline: Instant::now() + PATIENCE };
+    let past = Past { memory: &memory, source: &source, threads: &threads, advice_is_unchanged: false, files: None };
+    while_stopped(stop, |stopped| restore_in_place(stopped, pid, &past)).expect("stop").expect("a rollback");
+}
+
+/// Threads 0, 2 and 4 of five have ended, and three others have started. `is_unchanged`: it stays so.
+fn goes_on_after(point_name: &str, action: &str, is_unchanged: bool) {
+    let mut subject = Subject::run_inside("crew", "5", &[]);
+    let pid = subject.0.pid();
+    let point = subject.checkpoint();
+    "em".bytes().for_each(|letter| subject.tell(letter));
+    let records = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("threads-{}-{pid}", std::process::id()));
+    fs::write(&records, serde_json::to_vec(&(&point.memory, &point.threads)).expect("records")).expect("write");
+    let status = Command::new(std::env::current_exe().expect("own path"))
+        .args(["--exact", "threads::engine_that_will_be_killed", "--nocapture"])
+        .env("DELTABOX_TEST_GROUP", &subject.0.group.0)
+        .env("DELTABOX_RECORDS", &records)
+        .env("DELTABOX_TEST_PID", pid.to_string())
+        .env("DELTABOX_FAULT", format!("{point_name}:{action}"))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .expect("run an engine");
+    let signal = std::os::unix::process::ExitStatusExt::signal(&status);
+    assert_eq!(signal, (action == "kill").then_some(9), "{point_name}: the engine ended with {status}");
+    assert!(!status.success(), "nothing happened to the engine");
+    fs::remove_file(records).expect("remove the records");
+    if is_unchanged {
+        // Those that were made end without a trace.
+        let end = Instant::now() + PATIENCE;
+        while fs::read_dir(format!("/proc/{pid}/task")).expect("threads").count() != 6 {
+            assert!(Instant::now() < end, "other threads than before");
+            std::thread::yield_now();
+        }
+        subject.tell(b't');
+    }
+    // A later engine brings it back.
+    subject.roll_back_and(&point, |_, _| {}).expect("a rollback");
+    subject.tell(b'c');
+    point.template.remove(PATIENCE).expect("remove a template");
+}
+
+#[test]
+fn a_program_is_unchanged_after_an_engine_that_has_only_made_threads() {
+    goes_on_after("threads.born", "kill", true);
+    goes_on_after("threads.born", "error", true);
+}
+
+#[test]
+fn a_program_comes_back_after_an_engine_that_has_ended_threads() {
+    goes_on_after("threads.parted", "kill", false);
+    goes_on_after("threads.parted", "error", false);
 }

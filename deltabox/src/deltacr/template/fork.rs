@@ -28,7 +28,7 @@ use super::freezer::allow_writing;
 use super::make::denied;
 use super::remove::Template;
 use super::restore::{Past, Report, Room, plan_mappings};
-use super::threads::Cast;
+use super::threads::{Cast, NUMBER_PATIENCE};
 use crate::deltacr::area;
 use crate::deltacr::births::Births;
 use crate::deltacr::error::StopError;
@@ -42,8 +42,6 @@ use crate::sys::process::{CloneCall, pidfd_getfd, pidfd_open};
 use crate::sys::ptrace::wait_thread;
 use crate::sys::socket::send_with_fds;
 
-/// How long the number may stay taken: init has to reap the process that had it (chosen: a thousand times the usual).
-const NUMBER_PATIENCE: Duration = Duration::from_secs(1);
 /// How long a template may take to stop (chosen: it sleeps).
 const HALT_PATIENCE: Duration = Duration::from_secs(1);
 

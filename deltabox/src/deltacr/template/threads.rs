@@ -29,8 +29,10 @@ use crate::sys::process::CloneCall;
 const N_AT_ONCE: usize = 96;
 /// What a clone3 points at: its arguments and a number.
 const BIRTH_BYTES: usize = 96;
-/// How long a number may stay taken that a thread which has ended had (chosen: the kernel needs microseconds).
-pub(super) const NUMBER_PATIENCE: Duration = Duration::from_millis(100);
+/// How long a number may stay taken that a thread or process which has ended had. The kernel gives it back last of all,
+/// when `/proc` does not show the task any more (6.18, release_task): a thread that waits for a CPU just then kept its
+/// number for more than 100 ms on a busy machine. The parent of a process has to reap it before.
+pub(super) const NUMBER_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The threads of a process as they were, the first one first.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
