@@ -172,12 +172,11 @@ fn a_program_of_sixty_four_threads_is_made_again() {
 }
 
 fn refusal(subject: &Subject, point: &Point) -> TemplateRefusal {
-    let Err(error) = fork(&subject.0.group.0, point) else { panic!("a process was made") };
+    let error = fork(&subject.0.group.0, point).err().expect("no process is made");
     is_at_rest(&point.template);
     let procs = fs::read_to_string(subject.0.group.0.join("cgroup.procs")).expect("processes");
     assert_eq!(procs, "", "something was made");
-    let TemplateError::Refused(refusal) = error else { panic!("{error}") };
-    refusal
+    crate::refused(error)
 }
 
 #[test]

@@ -63,7 +63,7 @@ fn sixty_four_threads_come_back() {
 fn refusal(subject: &Subject, point: &crate::restored::Point) -> TemplateRefusal {
     let before = fs::read_dir(format!("/proc/{}/task", subject.0.pid())).expect("threads").count();
     let error = subject.roll_back_and(point, |_, _| {}).expect_err("a rollback");
-    let TemplateError::Refused(refusal) = error else { panic!("{error}") };
+    let refusal = crate::refused(error);
     let after = fs::read_dir(format!("/proc/{}/task", subject.0.pid())).expect("threads").count();
     assert_eq!(before, after);
     refusal
@@ -227,7 +227,7 @@ fn engine_that_will_be_killed() {
     let freezer = Freezer::open(group.join("t1")).expect("a group");
     let source = Source::of(&Template::find(freezer).expect("look").expect("a template")).expect("pages");
     let stop = Stop { group, excluded: &[], deadline: Instant::now() + PATIENCE };
-    let past = Past { memory: &memory, source: &source, threads: &threads, advice_is_unchanged: false, files: None };
+    let past = Past { memory: &memory, source: &source, threads: &threads, files: None };
     while_stopped(stop, |stopped| restore_in_place(stopped, pid, &past)).expect("stop").expect("a rollback");
 }
 
