@@ -65,7 +65,7 @@ impl Subject {
             line.split_ascii_whitespace().skip(1).last().map_or(0, |number| number.parse::<u32>().expect("a number"))
         };
         numbers.sort_by_key(inside);
-        let [outside, init, own] = numbers[..] else { panic!("{numbers:?}") };
+        let [outside, init, own] = numbers.try_into().expect("the program, its init and who made that");
         for pid in [outside, init] {
             let root = target.group.0.parent().expect("a root").join("cgroup.procs");
             fs::write(root, pid.to_string()).expect("move out of the cgroup");
