@@ -17,9 +17,7 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use deltabox::deltacr::stop::Stopped;
-use deltabox::deltacr::template::{
-    Freezer, Mapping, Memory, Outline, Request, Template, TemplateError, TemplateRefusal, read_smaps,
-};
+use deltabox::deltacr::template::{Freezer, Mapping, Memory, Outline, Request, Template, TemplateError, read_smaps};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 
@@ -67,7 +65,7 @@ impl Subject {
             line.split_ascii_whitespace().skip(1).last().map_or(0, |number| number.parse::<u32>().expect("a number"))
         };
         numbers.sort_by_key(inside);
-        let [outside, init, own] = <[libc::pid_t; 3]>::try_from(numbers).expect("three processes");
+        let [outside, init, own] = numbers.try_into().expect("the program, its init and who made that");
         for pid in [outside, init] {
             let root = target.group.0.parent().expect("a root").join("cgroup.procs");
             fs::write(root, pid.to_string()).expect("move out of the cgroup");
@@ -142,11 +140,4 @@ pub(crate) fn bytes(pid: libc::pid_t, mapping: &Mapping) -> Option<Vec<u8>> {
     let memory = fs::File::open(format!("/proc/{pid}/mem")).expect("memory");
     let mut bytes = vec![0; usize::try_from(mapping.len_bytes()).expect("a size")];
     memory.read_exact_at(&mut bytes, mapping.start).ok().map(|()| bytes)
-}
-
-/// What stands in the way.
-pub(crate) fn refused(error: TemplateError) -> TemplateRefusal {
-    let told = error.to_string();
-    let refusal = if let TemplateError::Refused(refusal) = error { Some(refusal) } else { None };
-    refusal.expect(&told)
 }

@@ -63,10 +63,11 @@ fn sixty_four_threads_come_back() {
 fn refusal(subject: &Subject, point: &crate::restored::Point) -> TemplateRefusal {
     let before = fs::read_dir(format!("/proc/{}/task", subject.0.pid())).expect("threads").count();
     let error = subject.roll_back_and(point, |_, _| {}).expect_err("a rollback");
-    let refusal = crate::refused(error);
     let after = fs::read_dir(format!("/proc/{}/task", subject.0.pid())).expect("threads").count();
     assert_eq!(before, after);
-    refusal
+    let text = error.to_string();
+    let refusal = if let TemplateError::Refused(refusal) = error { Some(refusal) } else { None };
+    refusal.expect(&text)
 }
 
 #[test]
