@@ -238,6 +238,16 @@ fn held(host: &Host, program: Pid) -> Held {
     }
 }
 
+/// What a process has open, numbers taken out, for the report of a failure.
+fn descriptor_links(pid: Pid) -> Vec<String> {
+    let links =
+        fs::read_dir(format!("/proc/{pid}/fd")).unwrap().filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+    let mut links: Vec<String> =
+        links.map(|link| link.to_string_lossy().replace(|c: char| c.is_ascii_digit(), "")).collect();
+    links.sort();
+    links
+}
+
 /// The one program in the sandbox.
 fn program(host: &Host) -> Pid {
     let group = PathBuf::from(host.inspect("box")["cgroup"].as_str().unwrap());
@@ -284,11 +294,12 @@ fn nothing_is_lost_changed_or_leaked_in_rounds_without_end() {
         }
         if round == 50 {
             let host = &rounds.host;
-            before = Some((held(host, program), resident_bytes(host.daemon_pid()), device(host)));
+            let (memory, links) = (resident_bytes(host.daemon_pid()), descriptor_links(host.daemon_pid()));
+            before = Some((held(host, program), memory, device(host), links));
         }
     }
     assert!(rounds.compare_layers() > 0);
-    let (was, memory, minor) = before.unwrap();
+    let (was, memory, minor, links) = before.unwrap();
     let host = &rounds.host;
     // What was left last goes in the background.
     let end = std::time::Instant::now() + Duration::from_secs(30);
@@ -297,7 +308,8 @@ fn nothing_is_lost_changed_or_leaked_in_rounds_without_end() {
     }
     let is = held(host, program);
     println!("{n} rounds, {:?} writes; {was:?}, then {is:?}", rounds.last);
-    assert!(is.is_within(&was), "{was:?}, then {is:?}");
+    let now = descriptor_links(host.daemon_pid());
+    assert!(is.is_within(&was), "{was:?}, then {is:?}; the daemon's descriptors: {links:?}, then {now:?}");
     let grown = resident_bytes(host.daemon_pid()).saturating_sub(memory);
     assert!(grown < 16 << 20, "the daemon grew by {grown} bytes");
     assert!(device(host) < minor + 32, "device {minor}, then {}", device(host));
