@@ -83,7 +83,8 @@ pub(super) fn run(workspace: &Workspace, place: &Place, keeper: &mut Keeper) -> 
     println!("spent on state: {:.0} % of the time (the rest: tests, edits, digests, starting commands)", share * 100.0);
     println!("{n_arrivals} arrivals, {n_mismatches} mismatches of files, the worker's memory or the shell");
     ensure!(*n_mismatches == 0, "what came back was not what had been");
-    Ok(())
+    search.worker.end()?;
+    search.shell.end()
 }
 
 /// Downloads and unpacks the project, once.
@@ -249,7 +250,7 @@ impl<'a> Search<'a> {
 
 /// A program inside that is asked line by line.
 struct Client {
-    _child: Child,
+    child: Child,
     input: ChildStdin,
     output: BufReader<ChildStdout>,
 }
@@ -260,7 +261,15 @@ impl Client {
         let mut command = place.deltabox(&args);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("start deltabox")?;
         let (input, output) = (child.stdin.take().context("an input")?, child.stdout.take().context("an output")?);
-        Ok(Self { _child: child, input, output: BufReader::new(output) })
+        Ok(Self { child, input, output: BufReader::new(output) })
+    }
+
+    /// Closes its input, at which it ends.
+    fn end(self) -> anyhow::Result<()> {
+        let Self { mut child, input, output } = self;
+        drop((input, output));
+        ensure!(child.wait().context("wait for deltabox")?.success(), "a program inside failed");
+        Ok(())
     }
 
     fn ask(&mut self, request: &Value) -> anyhow::Result<Value> {
