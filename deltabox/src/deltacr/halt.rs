@@ -102,7 +102,9 @@ fn seize_new(stopped: &mut Stopped, request: &Request<'_>) -> Result<(), StopErr
             }
             let registers = super::frame::zero_registers();
             let thread = Thread { tid, registers, group_stopped: false, interrupted: false, halted: false };
-            stopped.processes[at].threads.push(thread);
+            let threads = &mut stopped.processes[at].threads;
+            // The leader first, whoever was there before: it may have been let go for a while.
+            threads.insert(if tid == pid { 0 } else { threads.len() }, thread);
         }
     }
     Ok(())

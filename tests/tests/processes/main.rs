@@ -3,6 +3,7 @@
 mod descriptors;
 mod faults;
 mod memory;
+mod real;
 mod terminals;
 mod trees;
 
