@@ -110,3 +110,33 @@ def look():
     }
     assert!(worker.end().success());
 }
+
+#[test]
+fn a_shell_that_has_ended_is_made_again_on_a_terminal_that_nobody_sees() {
+    if skipped_without_root() {
+        return;
+    }
+    let host = Host::start();
+    host.create("box");
+    let mut worker = Worker::start(&host, "box");
+    let shell = "PROMPT_COMMAND='tty > /srv/tty; ps -o tpgid= -p $$ > /srv/front'; a=first";
+    let mut terminal = Terminal::run(&mut host.command(["exec", "-t", "box", "--", "bash", "--norc"]));
+    terminal.until("# ");
+    terminal.type_in(&format!("{shell}\r"));
+    terminal.until("# ");
+    let id = checkpoint(&host);
+    terminal.type_in("exit\r");
+    assert_eq!(terminal.wait().code(), Some(0));
+    worker.ask("[os.unlink(f) for f in ('/srv/tty', '/srv/front') if os.path.exists(f)]");
+    let report = roll_back(&host, &id);
+    let how: Vec<_> = report["processes"].as_array().expect("processes").iter().map(|one| one["how"].clone()).collect();
+    assert_eq!(how, [json!("in place"), json!("fork")], "{report}");
+    // It has a terminal, and is in front there.
+    let look = "import subprocess
+pid = [p for p in os.listdir('/proc') if p.isdigit() and open(f'/proc/{p}/comm').read() == 'bash\\n'][0]
+stat = open(f'/proc/{pid}/stat').read().rsplit(')', 1)[1].split()
+[os.readlink(f'/proc/{pid}/fd/0'), stat[4] != '0', stat[5] == pid]";
+    assert_eq!(worker.ask(look), json!(["/dev/pts/0", true, true]));
+    worker.ask("os.kill(int(pid), 1)");
+    assert!(worker.end().success());
+}

@@ -56,8 +56,15 @@ impl Held {
         let devpts = (has_dead || !self.terminals.is_empty()).then(|| open_devpts(init)).transpose();
         let devpts = devpts.map_err(failed("open /dev/pts"))?;
         let mut masters = Vec::with_capacity(self.terminals.len());
-        for terminal in &self.terminals {
-            masters.push(find_or_make(stopped, init, terminal, devpts.as_ref())?);
+        let mut streams = Vec::new();
+        for (at, terminal) in self.terminals.iter().enumerate() {
+            let (master, is_new) = find_or_make(stopped, init, terminal, devpts.as_ref())?;
+            if is_new && terminal.place() == Place::Outside {
+                let is_side = |one: &Description| matches!(one.what, What::Terminal { terminal, .. } if terminal == at);
+                let side = self.descriptions.iter().position(is_side).unwrap_or(0);
+                streams.push((side, master.try_clone().map_err(file_error("copy", c"the master of a terminal"))?));
+            }
+            masters.push(master);
         }
         let mut pipes = Vec::with_capacity(self.pipes.len());
         for pipe in &self.pipes {
@@ -65,7 +72,7 @@ impl Held {
             pipes.push(ends.into_iter().map(Some).collect::<Vec<_>>());
         }
         let mut opener = Opener { to, around: &around, memory, gone: None };
-        let (mut descriptions, mut streams) = (Vec::with_capacity(self.descriptions.len()), Vec::new());
+        let mut descriptions = Vec::with_capacity(self.descriptions.len());
         for description in &self.descriptions {
             let made = match &description.what {
                 What::Outside { link } => {
@@ -155,26 +162,28 @@ fn make_pidfd(pidfd: &Pidfd, host: impl Fn(pid_t) -> Option<pid_t>) -> Result<Ow
     pidfd.make(pidfd.pid().and_then(host)).map_err(object)
 }
 
-/// The master of a terminal, where it was; one that is no more is made again.
+/// The master of a terminal, where it was; one that is no more is made again (`true`).
 fn find_or_make(
     stopped: &Stopped,
     init: pid_t,
     terminal: &Terminal,
     devpts: Option<&OwnedFd>,
-) -> Result<OwnedFd, DescriptorError> {
+) -> Result<(OwnedFd, bool), DescriptorError> {
     let failed = |source| DescriptorError::Process { op: "look for the master of a terminal", pid: init, source };
     if terminal.place() == Place::Outside {
-        let master = find_master(init, terminal.index()).map_err(failed)?;
-        return master.ok_or_else(|| failed(io::Error::other("it was hung up since")));
-    }
-    for process in stopped.processes() {
-        // One that was killed meanwhile has none.
-        if let Ok(Some(master)) = find_master(process.pid, terminal.index()) {
-            return Ok(master);
+        if let Some(master) = find_master(init, terminal.index()).map_err(failed)? {
+            return Ok((master, false));
+        }
+    } else {
+        for process in stopped.processes() {
+            // One that was killed meanwhile has none.
+            if let Ok(Some(master)) = find_master(process.pid, terminal.index()) {
+                return Ok((master, false));
+            }
         }
     }
     let devpts = devpts.ok_or_else(|| failed(missing()))?;
-    terminal.make(devpts.as_fd()).map_err(object)
+    Ok((terminal.make(devpts.as_fd()).map_err(object)?, true))
 }
 
 fn object(source: ObjectError) -> DescriptorError {
