@@ -40,6 +40,10 @@ impl Face {
     }
 
     fn parse(text: &[u8]) -> Option<Self> {
+        if text.last() != Some(&b'\n') {
+            // Cut short.
+            return None;
+        }
         // A name can be any bytes, but for line ends, which are escaped.
         let end = text.iter().position(|byte| *byte == b'\n')?;
         let name = unescape(text[..end].strip_prefix(b"Name:\t")?);
@@ -92,7 +96,7 @@ mod tests {
         assert_eq!((face.inside, face.name.as_slice()), (7, &b"a\nb\\c \xff"[..]));
         assert_eq!(face.rights, "Uid:\t0\t0\t0\t0\nCapEff:\t0000010000000000\n");
         assert!(face.chooses_numbers());
-        for len in 0..text.iter().position(|byte| *byte == b'7').expect("a number") {
+        for len in 0..=text.iter().position(|byte| *byte == b'7').expect("a number") {
             assert_eq!(Face::parse(&text[..len]), None, "cut at {len}");
         }
     }
