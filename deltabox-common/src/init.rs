@@ -105,12 +105,25 @@ pub enum ToInit {
     },
     /// Tell all commands held ([`FromInit::Held`] each), then [`FromInit::ListEnd`].
     List,
+    /// A command was made again by a rollback: its earlier lives have ended or do so just now. One that is not held any
+    /// more is, from here on.
+    Returned {
+        /// The command.
+        pid: u32,
+        /// Which life begins; the first is 0.
+        life: u32,
+        /// Whether it is the one that has that number now, whose streams it keeps.
+        same: bool,
+        /// What the engine wants to be told about it; of no use if it is the same.
+        tag: Vec<u8>,
+    },
 }
 
 /// Init to engine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FromInit {
-    /// The sandbox is set up.
+    /// The sandbox is set up. Descriptors: `pid_max` of its PID namespace, for writing; a stream socket on which init sets
+    /// which number the next process gets (request: i32; answer: error number i32, what it was i32; little endian).
     Ready,
     /// A step of the set-up failed; init exits.
     BootFailed {
@@ -139,6 +152,8 @@ pub enum FromInit {
     Exited {
         /// Its PID inside.
         pid: u32,
+        /// Which of its lives, see [`ToInit::Returned`].
+        life: u32,
         /// The status as wait4(2) gives it.
         status: i32,
     },
@@ -146,14 +161,16 @@ pub enum FromInit {
     Held {
         /// Its PID inside.
         pid: u32,
-        /// The status, once it has ended.
+        /// Its present life.
+        life: u32,
+        /// The status, once that has ended.
         status: Option<i32>,
         /// Its streams.
         streams: Streams,
         /// From the request that started it.
         tag: Vec<u8>,
     },
-    /// All held commands have been told.
+    /// All held commands have been told. Descriptors as with [`FromInit::Ready`].
     ListEnd,
 }
 
@@ -197,6 +214,13 @@ impl ToInit {
                 5
             }
             Self::List => 6,
+            Self::Returned { pid, life, same, tag } => {
+                w.u32(*pid);
+                w.u32(*life);
+                w.u8((*same).into());
+                w.bytes(tag);
+                7
+            }
         };
         frame(kind, n_fds, w)
     }
@@ -230,6 +254,7 @@ impl ToInit {
             4 => Self::CloseStdin { pid: r.u32()? },
             5 => Self::Forget { pid: r.u32()? },
             6 => Self::List,
+            7 => Self::Returned { pid: r.u32()?, life: r.u32()?, same: r.u8()? != 0, tag: r.bytes()?.to_vec() },
             _ => return Err(Malformed),
         };
         r.end()?;
@@ -259,13 +284,15 @@ impl FromInit {
                 w.i32(*errno);
                 68
             }
-            Self::Exited { pid, status } => {
+            Self::Exited { pid, life, status } => {
                 w.u32(*pid);
+                w.u32(*life);
                 w.i32(*status);
                 69
             }
-            Self::Held { pid, status, streams, tag } => {
+            Self::Held { pid, life, status, streams, tag } => {
                 w.u32(*pid);
+                w.u32(*life);
                 w.u8(status.is_some().into());
                 w.i32(status.unwrap_or(0));
                 write_streams(&mut w, *streams);
@@ -288,12 +315,12 @@ impl FromInit {
             66 => Self::BootFailed { step: r.text()?, errno: r.i32()? },
             67 => Self::Started { seq: r.u32()?, pid: r.u32()? },
             68 => Self::StartFailed { seq: r.u32()?, step: r.text()?, errno: r.i32()? },
-            69 => Self::Exited { pid: r.u32()?, status: r.i32()? },
+            69 => Self::Exited { pid: r.u32()?, life: r.u32()?, status: r.i32()? },
             70 => {
-                let pid = r.u32()?;
+                let (pid, life) = (r.u32()?, r.u32()?);
                 let (ended, status) = (r.u8()? != 0, r.i32()?);
                 let status = ended.then_some(status);
-                Self::Held { pid, status, streams: read_streams(&mut r)?, tag: r.bytes()?.to_vec() }
+                Self::Held { pid, life, status, streams: read_streams(&mut r)?, tag: r.bytes()?.to_vec() }
             }
             71 => Self::ListEnd,
             _ => return Err(Malformed),
@@ -416,6 +443,7 @@ mod tests {
             ToInit::CloseStdin { pid: 3 },
             ToInit::Forget { pid: 3 },
             ToInit::List,
+            ToInit::Returned { pid: 3, life: 2, same: true, tag: vec![0, 255] },
         ]
     }
 
@@ -425,9 +453,9 @@ mod tests {
             FromInit::BootFailed { step: "pivot".to_string(), errno: 22 },
             FromInit::Started { seq: 1, pid: 2 },
             FromInit::StartFailed { seq: 1, step: "execve".to_string(), errno: 2 },
-            FromInit::Exited { pid: 2, status: 256 },
-            FromInit::Held { pid: 2, status: None, streams: Streams::Log, tag: vec![9] },
-            FromInit::Held { pid: 2, status: Some(9), streams: Streams::Pipes, tag: vec![] },
+            FromInit::Exited { pid: 2, life: 1, status: 256 },
+            FromInit::Held { pid: 2, life: 0, status: None, streams: Streams::Log, tag: vec![9] },
+            FromInit::Held { pid: 2, life: 3, status: Some(9), streams: Streams::Pipes, tag: vec![] },
             FromInit::ListEnd,
         ]
     }

@@ -1,7 +1,7 @@
 //! deltabox: checkpoint, roll back and fork whole agent sandboxes.
 //!
 //! `ARCHITECTURE.md` beside this crate has the bird's eye view, the words and the code map.
-//! Imports only go down: cli, daemon -> engine -> deltafs, deltacr -> sandbox -> kernel, fault -> sys.
+//! Imports only go down: cli, daemon -> engine -> pool -> deltafs, deltacr -> sandbox -> kernel, fault -> sys.
 
 pub mod cli;
 pub mod daemon;
@@ -11,5 +11,6 @@ pub mod engine;
 pub mod fault;
 pub mod kernel;
 pub mod latency;
+pub mod pool;
 pub mod sandbox;
 pub mod sys;

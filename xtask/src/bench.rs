@@ -6,6 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, bail};
 
+use crate::setup::criu;
 use crate::workspace::{self, Profile, Workspace};
 
 #[derive(clap::Args)]
@@ -27,7 +28,13 @@ pub(crate) fn run(workspace: &Workspace, args: &Args) -> anyhow::Result<()> {
     let bench = workspace.build_binary("deltabox-tests", &format!("bench-{}", args.name), Profile::Release)?;
     // Runs where the user stands, so that a relative file name means what it says.
     // The library path is `cargo run`'s: every exec of a measured program would search it first.
-    workspace::run(Command::new(bench).args(&args.args).env("DELTABOX_BIN", product).env_remove("LD_LIBRARY_PATH"))
+    let mut command = Command::new(bench);
+    command.args(&args.args).env("DELTABOX_BIN", product).env_remove("LD_LIBRARY_PATH");
+    // What `setup --with-criu` has unpacked.
+    if let Some(criu) = criu::find(workspace) {
+        command.env("DELTABOX_CRIU", criu);
+    }
+    workspace::run(&mut command)
 }
 
 /// Names of the benches, sorted.

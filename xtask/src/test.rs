@@ -59,7 +59,11 @@ pub(crate) fn run(workspace: &Workspace, args: &Args) -> anyhow::Result<()> {
 
 /// Everything but the closing line. Fails when a test could not be built or none ran.
 pub(crate) fn run_all(workspace: &Workspace, args: &Args) -> anyhow::Result<Tally> {
-    setup::ensure(workspace)?;
+    if args.soak {
+        setup::ensure_for_soak(workspace)?
+    } else {
+        setup::ensure(workspace)?
+    }
     let product = workspace.build_binary("deltabox", "deltabox", Profile::Dev)?;
     let mut tally = Tally::default();
     if !args.sandbox {

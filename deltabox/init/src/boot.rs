@@ -14,6 +14,8 @@ use nix::mount::{MntFlags, MsFlags};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType};
 
+use crate::everyone::Everyone;
+use crate::numbers::Numbers;
 use crate::sys;
 use crate::sys::mount::{self, Clone, attr};
 
@@ -51,8 +53,14 @@ const MASKED_DIRS: [&str; 4] = ["proc/acpi", "proc/scsi", "sys/firmware", "sys/k
 /// Visible, but not to be written by the sandbox's root.
 const READ_ONLY: [&str; 4] = ["proc/sys", "proc/bus", "proc/fs", "proc/irq"];
 
+/// What init keeps of the set-up.
+pub(crate) struct Booted {
+    pub(crate) numbers: Numbers,
+    pub(crate) everyone: Everyone,
+}
+
 /// Sets the sandbox up. Descriptors as [`deltabox_common::init::ToInit::Boot`] says.
-pub(crate) fn boot(boot: &Boot, fds: Vec<OwnedFd>) -> Result<(), Failed> {
+pub(crate) fn boot(boot: &Boot, fds: Vec<OwnedFd>) -> Result<Booted, Failed> {
     let mut fds = fds.into_iter();
     let mut take = |what| fds.next().ok_or(io::Error::from_raw_os_error(libc::EBADF)).step(what);
     let root = take("root mount")?;
@@ -92,14 +100,15 @@ pub(crate) fn boot(boot: &Boot, fds: Vec<OwnedFd>) -> Result<(), Failed> {
 
     let sysctls = Sysctls::open(boot)?;
     cover()?;
-    sysctls.set()?;
+    let numbers = sysctls.set()?;
     nix::unistd::sethostname(&boot.hostname).step("set the hostname")?;
     if !boot.host_net {
         raise_loopback().step("raise loopback")?;
     }
     trim_capabilities(boot.caps)?;
     limit_queues().step("limit queues")?;
-    sys::set_filter(&boot.filter).step("install the system call filter")
+    let listener = sys::set_filter(&boot.filter).step("install the system call filter")?;
+    Ok(Booted { numbers, everyone: Everyone::new(listener, boot.pid_max) })
 }
 
 fn open_path(path: &std::ffi::CStr) -> nix::Result<OwnedFd> {
@@ -123,37 +132,38 @@ fn attach_bind(bind: BorrowedFd<'_>, root: BorrowedFd<'_>, path: &str) -> Result
 }
 
 /// Opened while /proc/sys can be written, set once all mounts are made.
-struct Sysctls(Vec<(String, String, fs::File)>);
+struct Sysctls {
+    limits: Vec<(String, u32, fs::File)>,
+    pid_max: fs::File,
+    last_pid: fs::File,
+    highest: u32,
+}
 
 impl Sysctls {
     fn open(boot: &Boot) -> Result<Self, Failed> {
         // The first two: a second barrier behind the filter, no namespaces can be nested even if a call slipped through.
         // `max_mnt_namespaces` also counts the anonymous namespaces of fsmount and open_tree (ENOSPC, Linux 6.18).
         // Instances of inotify are also charged to the host's root, of whose 128 no single user inside takes all.
-        let wanted = [
-            ("user/max_user_namespaces", 0),
-            ("user/max_mnt_namespaces", 0),
-            ("user/max_inotify_instances", 100),
-            ("kernel/pid_max", boot.pid_max),
-        ];
-        let mut files = Vec::new();
-        for (name, value) in wanted {
+        let wanted =
+            [("user/max_user_namespaces", 0), ("user/max_mnt_namespaces", 0), ("user/max_inotify_instances", 100)];
+        let open = |name: &str| {
             let path = format!("/proc/sys/{name}");
-            match fs::File::options().write(true).open(&path) {
-                Ok(file) => files.push((path, value.to_string(), file)),
-                // pid_max is per PID namespace since Linux 6.14; before, the file is the host's and not ours to write.
-                Err(error) if name == "kernel/pid_max" && error.kind() == io::ErrorKind::PermissionDenied => {}
-                Err(error) => return Err(error).step(&path),
-            }
-        }
-        Ok(Self(files))
+            let file = fs::File::options().read(true).write(true).open(&path).step(&path)?;
+            Ok((path, file))
+        };
+        let limits = wanted.map(|(name, value)| open(name).map(|(path, file)| (path, value, file)));
+        let limits = limits.into_iter().collect::<Result<_, _>>()?;
+        // pid_max is per PID namespace since Linux 6.14; before, the file is the host's and not ours to write.
+        let (_, pid_max) = open("kernel/pid_max")?;
+        let (_, last_pid) = open("kernel/ns_last_pid")?;
+        Ok(Self { limits, pid_max, last_pid, highest: boot.pid_max })
     }
 
-    fn set(self) -> Result<(), Failed> {
-        for (path, value, mut file) in self.0 {
-            file.write_all(value.as_bytes()).step(&path)?;
+    fn set(self) -> Result<Numbers, Failed> {
+        for (path, value, mut file) in self.limits {
+            file.write_all(value.to_string().as_bytes()).step(&path)?;
         }
-        Ok(())
+        Numbers::new(self.pid_max, self.last_pid, self.highest).step("set pid_max")
     }
 }
 

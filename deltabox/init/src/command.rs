@@ -21,6 +21,11 @@ pub(crate) struct Ends {
 }
 
 impl Ends {
+    /// Those of a command whose streams are somebody else's.
+    pub(crate) fn none() -> Self {
+        Self { stdin: None, outer: Vec::new() }
+    }
+
     /// All of them in the order that the engine expects.
     pub(crate) fn all(&self) -> Vec<BorrowedFd<'_>> {
         self.stdin.iter().chain(&self.outer).map(AsFd::as_fd).collect()

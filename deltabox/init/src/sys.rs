@@ -95,8 +95,11 @@ pub(crate) fn clear_ambient_capabilities() -> io::Result<()> {
     check(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, all, 0, 0, 0) }.into()).map(drop)
 }
 
-/// Installs a system call filter on the caller, inherited by every process it starts.
-pub(crate) fn set_filter(program: &[u8]) -> io::Result<()> {
+/// Installs a system call filter on the caller, inherited by every process it starts; where calls are told that it hands
+/// over. Who makes one waits for an answer; once it is received only a fatal signal ends that.
+pub(crate) fn set_filter(program: &[u8]) -> io::Result<OwnedFd> {
+    // SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, since Linux 5.19.
+    const WAIT_KILLABLE: libc::c_ulong = 1 << 5;
     let mut filter: Vec<libc::sock_filter> = program
         .chunks_exact(8)
         .map(|c| libc::sock_filter {
@@ -108,8 +111,74 @@ pub(crate) fn set_filter(program: &[u8]) -> io::Result<()> {
         .collect();
     let len = u16::try_from(filter.len()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
     let program = libc::sock_fprog { len, filter: filter.as_mut_ptr() };
+    let flags = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER | WAIT_KILLABLE;
     // SAFETY: `program` describes `filter`, which outlives the call; the kernel verifies its instructions.
-    check(unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program) }).map(drop)
+    check_fd(unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program) })
+}
+
+/// A kill(2) that the filter has handed over.
+pub(crate) struct Notified {
+    /// For the answer.
+    pub(crate) id: u64,
+    /// The calling thread.
+    pub(crate) task: u32,
+    pub(crate) signal: i32,
+}
+
+// `_IOWR('!', 0, struct seccomp_notif)` and so on (include/uapi/linux/seccomp.h).
+const NOTIF_RECV: libc::Ioctl = 0xC050_2100;
+const NOTIF_SEND: libc::Ioctl = 0xC018_2101;
+const NOTIF_ID_VALID: libc::Ioctl = 0x4008_2102;
+
+/// Takes a call up. Blocks if there is none (and none has gone since the descriptor was readable).
+pub(crate) fn receive_notification(listener: BorrowedFd<'_>) -> io::Result<Notified> {
+    // SAFETY: plain old data, and the kernel wants all zeroes.
+    let mut told: libc::seccomp_notif = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel writes one seccomp_notif.
+    check(unsafe { libc::ioctl(listener.as_raw_fd(), NOTIF_RECV, &raw mut told) }.into())?;
+    // The kernel too takes the low half, as a signed number.
+    let [a, b, c, d, ..] = told.data.args[1].to_le_bytes();
+    Ok(Notified { id: told.id, task: told.pid, signal: i32::from_le_bytes([a, b, c, d]) })
+}
+
+/// Lets the caller go on, with an error number or 0.
+pub(crate) fn answer_notification(listener: BorrowedFd<'_>, id: u64, errno: i32) -> io::Result<()> {
+    let answer = libc::seccomp_notif_resp { id, val: 0, error: -errno, flags: 0 };
+    // SAFETY: the kernel reads one seccomp_notif_resp.
+    check(unsafe { libc::ioctl(listener.as_raw_fd(), NOTIF_SEND, &raw const answer) }.into()).map(drop)
+}
+
+/// Whether the caller is there still.
+pub(crate) fn is_notification_valid(listener: BorrowedFd<'_>, id: u64) -> bool {
+    // SAFETY: the kernel reads one u64.
+    check(unsafe { libc::ioctl(listener.as_raw_fd(), NOTIF_ID_VALID, &raw const id) }.into()).is_ok()
+}
+
+/// Holds a process.
+pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: no pointers.
+    check_fd(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })
+}
+
+/// Sends a signal; the error number.
+pub(crate) fn pidfd_signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<(), i32> {
+    let nothing = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: without a siginfo the kernel makes its own.
+    errno(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, nothing, 0) })
+}
+
+/// Sends a signal that names its sender as sigqueue(3) does; the error number.
+pub(crate) fn pidfd_queue_signal(pidfd: BorrowedFd<'_>, signal: i32, pid: u32, user: u32) -> Result<(), i32> {
+    // The kernel's `siginfo_t`: signal, errno, code, a gap; sender, its user, a value; 128 bytes.
+    let words = [signal, 0, libc::SI_QUEUE, 0, pid.cast_signed(), user.cast_signed()];
+    let mut info = [0_i32; 32];
+    info[..words.len()].copy_from_slice(&words);
+    // SAFETY: the kernel reads one siginfo_t, 128 bytes.
+    errno(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, info.as_ptr(), 0) })
+}
+
+fn errno(ret: libc::c_long) -> Result<(), i32> {
+    check(ret).map(drop).map_err(|error| error.raw_os_error().unwrap_or(libc::EIO))
 }
 
 /// Sets the flags of the loopback interface to up.

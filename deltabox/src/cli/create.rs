@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::engine::{CreateRequest, SandboxReport};
-use crate::sandbox::{BaseRef, Limits, Net, SandboxId, SandboxSpec};
+use crate::sandbox::{BaseRef, Limits, Net, PoolBounds, SandboxId, SandboxSpec};
 
 use super::{Context, Failure, Outcome, parse, print};
 
@@ -45,6 +45,12 @@ pub(super) struct SpecArgs {
     /// Merge layers in the background when checkpoints have made more of them than this; 480: never.
     #[arg(long, value_name = "N", default_value_t = SandboxSpec::default().merge_above, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(2..=480))]
     merge_above: usize,
+    /// Most memory of the templates of its checkpoints, bytes; K, M, G, T are powers of 1024.
+    #[arg(long, value_name = "B", value_parser = parse::parse_bytes)]
+    pool_memory: Option<u64>,
+    /// Most templates: one for each process of each checkpoint that has changed since the one before.
+    #[arg(long, value_name = "N")]
+    pool_templates: Option<usize>,
 }
 
 fn parse_net(text: &str) -> Result<Net, String> {
@@ -63,7 +69,8 @@ impl SpecArgs {
             _ => return Err(Failure::usage("--with goes with `--base host` only", "see `deltabox help create`")),
         };
         let limits = Limits { memory_bytes: self.memory, n_pids: self.pids };
-        Ok(SandboxSpec { base, net: self.net, limits, env: self.env, merge_above: self.merge_above })
+        let pool = PoolBounds { n_templates: self.pool_templates, bytes: self.pool_memory };
+        Ok(SandboxSpec { base, net: self.net, limits, env: self.env, merge_above: self.merge_above, pool })
     }
 }
 

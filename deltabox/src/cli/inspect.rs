@@ -4,11 +4,13 @@ use serde_json::json;
 
 use crate::daemon::client::{Client, ClientError};
 use crate::daemon::types::{ExecList, ImageList};
-use crate::engine::{BaseReport, DiskReport, ExecReport, Exit, SandboxReport, Stdio, TreeNode, TreeReport};
+use crate::engine::{
+    BaseReport, BoundReport, DiskReport, ExecReport, Exit, PoolReport, SandboxReport, Stdio, TreeNode, TreeReport,
+};
 use crate::sandbox::Net;
 
 use super::parse::{self, Target};
-use super::{Context, Failure, Outcome, ls, print};
+use super::{Context, Failure, Outcome, ls, print, tree};
 
 /// Shows all there is to know about a sandbox and its commands, a checkpoint, or an image.
 #[derive(Debug, clap::Args)]
@@ -31,7 +33,8 @@ pub(super) fn run(args: Args, context: &Context) -> Outcome {
         Ok(sandbox) => {
             let held: ExecList = client.get(&format!("/v1/sandboxes/{name}/execs"))?;
             let disk: DiskReport = client.get(&format!("/v1/sandboxes/{name}/disk"))?;
-            show_sandbox(&sandbox, &held.execs, disk, context.json)?;
+            let tree: TreeReport = client.get(&format!("/v1/sandboxes/{name}/checkpoints"))?;
+            show_sandbox(&sandbox, &held.execs, (disk, tree.pool), context.json)?;
         }
         Err(ClientError::Answer { status: 404, .. }) => {
             show_image(&find_image(&client, name.as_str())?, context.json)?;
@@ -81,12 +84,20 @@ fn show_checkpoint(node: &TreeNode, json: bool) -> Result<(), Failure> {
         ("made in", format!("{} us", one.total_us)),
         ("processes", format!("{} with {} threads", one.n_processes, one.n_threads)),
         ("moved", format!("{} open file descriptions", one.n_descriptions)),
+        ("templates", format!("{} ({})", tree::templates(node), print::size(tree::held_bytes(node)))),
+        ("rollback", tree::back(node)),
+        ("refused", or_dash(&node.outlook.as_ref().and_then(|outlook| outlook.refused.clone()))),
     ])
 }
 
-fn show_sandbox(sandbox: &SandboxReport, execs: &[ExecReport], disk: DiskReport, json: bool) -> Result<(), Failure> {
+fn show_sandbox(
+    sandbox: &SandboxReport,
+    execs: &[ExecReport],
+    (disk, pool): (DiskReport, PoolReport),
+    json: bool,
+) -> Result<(), Failure> {
     if json {
-        return print::json(&json!({"sandbox": sandbox, "execs": execs, "disk": disk}));
+        return print::json(&json!({"sandbox": sandbox, "execs": execs, "disk": disk, "pool": pool}));
     }
     let limit = |limit: Option<String>| limit.unwrap_or_else(|| "none".to_owned());
     let net = match sandbox.spec.net {
@@ -110,6 +121,8 @@ fn show_sandbox(sandbox: &SandboxReport, execs: &[ExecReport], disk: DiskReport,
         ("disk, since then", print::size(disk.live_bytes)),
         ("disk, own", print::size(disk.own_bytes)),
         ("disk, shared", print::size(disk.shared_bytes)),
+        ("templates", bound(&pool.sandbox)),
+        ("templates, all", bound(&pool.host)),
         ("live layer", sandbox.live_layer.display().to_string()),
         ("created in", format!("{} us", sandbox.create_us)),
     ])?;
@@ -119,6 +132,13 @@ fn show_sandbox(sandbox: &SandboxReport, execs: &[ExecReport], disk: DiskReport,
     let rows: Vec<_> = execs.iter().map(exec_row).collect();
     print::text("\n")?;
     print::table(&[">PID", "STREAMS", "STATE", ">AGE", "COMMAND"], &rows)
+}
+
+/// What templates take of what they may.
+fn bound(BoundReport { held, most }: &BoundReport) -> String {
+    let or_none = |most: Option<String>| most.unwrap_or_else(|| "any".to_owned());
+    let (n, bytes) = (most.n_templates.map(|n| n.to_string()), most.bytes.map(print::size));
+    format!("{} of {}, {} of {}", held.n_templates, or_none(n), print::size(held.bytes), or_none(bytes))
 }
 
 fn exec_row(exec: &ExecReport) -> Vec<String> {

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::engine::{TreeNode, TreeReport};
+use crate::engine::{OutlookReport, TreeNode, TreeReport};
 use crate::sandbox::SandboxId;
 
 use super::{Context, Outcome, print};
@@ -11,7 +11,9 @@ use super::{Context, Outcome, print};
 #[derive(Debug, clap::Args)]
 #[command(after_help = "`*` marks the checkpoint that the sandbox's state comes from. OWN is what the checkpoint's \
                         removal would free, SHARED what others need too. MEMORY is what its \
-                        processes had of their own, HELD where a rollback would have them from.")]
+                        processes had of their own; TEMPLATES counts those that only it has + those that \
+                        other checkpoints have too, HELD what they take of memory. BACK is how a \
+                        rollback would bring its processes back now.")]
 pub(super) struct Args {
     /// The sandbox.
     sandbox: SandboxId,
@@ -25,7 +27,20 @@ pub(super) fn run(args: Args, context: &Context) -> Outcome {
     }
     let rows: Vec<_> = drawn(&tree).into_iter().map(|(drawing, node)| cells(drawing, node, &tree)).collect();
     print::table(
-        &["CHECKPOINT", "NAME", ">AGE", ">LAYERS", ">OWN", ">SHARED", ">PROCESSES", ">MEMORY", "HELD", ">STOPPED us"],
+        &[
+            "CHECKPOINT",
+            "NAME",
+            ">AGE",
+            ">LAYERS",
+            ">OWN",
+            ">SHARED",
+            ">PROCESSES",
+            ">MEMORY",
+            ">TEMPLATES",
+            ">HELD",
+            "BACK",
+            ">STOPPED us",
+        ],
         &rows,
     )?;
     for node in &tree.checkpoints {
@@ -48,17 +63,34 @@ fn cells(drawing: String, node: &TreeNode, tree: &TreeReport) -> Vec<String> {
         print::size(node.shared_bytes),
         if one.fs_only { "-".to_owned() } else { one.n_processes.to_string() },
         if one.fs_only { "-".to_owned() } else { print::size(one.memory_bytes) },
-        held(node).to_owned(),
+        if node.in_memory { templates(node) } else { "-".to_owned() },
+        if node.in_memory { print::size(held_bytes(node)) } else { "-".to_owned() },
+        back(node),
         one.stopped_us.to_string(),
     ]
 }
 
-/// Where a rollback would have its processes from.
-fn held(node: &TreeNode) -> &'static str {
-    match (node.checkpoint.fs_only, node.in_memory) {
-        (true, _) => "files only",
-        (false, true) => "templates",
-        (false, false) => "files; processes lost",
+/// How many are its own, and how many others have too.
+pub(super) fn templates(node: &TreeNode) -> String {
+    format!("{} + {}", node.own_templates.n_templates, node.shared_templates.n_templates)
+}
+
+/// What they take of memory.
+pub(super) fn held_bytes(node: &TreeNode) -> u64 {
+    node.own_templates.bytes + node.shared_templates.bytes
+}
+
+/// How a rollback would go.
+pub(super) fn back(node: &TreeNode) -> String {
+    match &node.outlook {
+        None if node.checkpoint.fs_only => "files only".to_owned(),
+        None => "files; processes lost".to_owned(),
+        Some(outlook) if outlook.refused.is_some() => "refused".to_owned(),
+        Some(OutlookReport { n_in_place, n_forked, n_rebuilt, .. }) => {
+            let ways = [(n_in_place, "in place"), (n_forked, "fork"), (n_rebuilt, "rebuild")];
+            let some: Vec<_> = ways.iter().filter(|(n, _)| **n > 0).map(|(n, way)| format!("{n} {way}")).collect();
+            if some.is_empty() { "no processes".to_owned() } else { some.join(", ") }
+        }
     }
 }
 
@@ -100,7 +132,8 @@ fn drawn(tree: &TreeReport) -> Vec<(String, &TreeNode)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::CheckpointReport;
+    use crate::engine::{CheckpointReport, PoolReport};
+    use crate::pool::Weight;
 
     fn node(id: &str, parent: Option<&str>) -> TreeNode {
         let checkpoint = CheckpointReport {
@@ -121,14 +154,24 @@ mod tests {
             n_descriptions: 0,
             memory_bytes: 0,
         };
-        TreeNode { checkpoint, n_layers: 0, own_bytes: 0, shared_bytes: 0, in_memory: false, damage: None }
+        TreeNode {
+            checkpoint,
+            n_layers: 0,
+            own_bytes: 0,
+            shared_bytes: 0,
+            in_memory: false,
+            own_templates: Weight::default(),
+            shared_templates: Weight::default(),
+            outlook: None,
+            damage: None,
+        }
     }
 
     #[test]
     fn chains_take_one_column_and_branches_have_lines() {
         let edges = [("c1", None), ("c2", Some("c1")), ("c3", Some("c2")), ("c4", Some("c2")), ("c5", Some("c3"))];
         let checkpoints = edges.iter().map(|(id, parent)| node(id, *parent)).collect();
-        let tree = TreeReport { sandbox: "a".parse().unwrap(), head: None, checkpoints };
+        let tree = TreeReport { sandbox: "a".parse().unwrap(), head: None, checkpoints, pool: PoolReport::default() };
         let rows: Vec<_> = drawn(&tree).iter().map(|(line, node)| format!("{line}{}", node.checkpoint.id)).collect();
         assert_eq!(rows, ["c1", "c2", "├─ c3", "│  c5", "└─ c4"]);
     }
@@ -136,7 +179,7 @@ mod tests {
     #[test]
     fn a_checkpoint_whose_parent_is_not_known_is_drawn() {
         let checkpoints = vec![node("c2", Some("c1")), node("c3", Some("c2"))];
-        let tree = TreeReport { sandbox: "a".parse().unwrap(), head: None, checkpoints };
+        let tree = TreeReport { sandbox: "a".parse().unwrap(), head: None, checkpoints, pool: PoolReport::default() };
         assert_eq!(drawn(&tree).len(), 2);
     }
 }

@@ -31,7 +31,8 @@ pub(super) fn router() -> OpenApiRouter<Daemon> {
     responses((status = 200, body = TreeReport), (status = "default", body = ErrorBody)))]
 async fn tree(State(daemon): State<Daemon>, Path(id): Path<String>) -> Answer<TreeReport> {
     let (engine, id) = (daemon.engine()?, sandbox_id(&id)?);
-    Ok(Json(block(move || engine.tree(&id)).await?))
+    let outlooks = ask(|reply| engine.outlooks(&id, reply)).await?;
+    Ok(Json(block(move || engine.tree(&id, outlooks)).await?))
 }
 
 /// Makes a checkpoint; answers when it exists.

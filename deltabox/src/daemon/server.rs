@@ -21,6 +21,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use crate::engine::{self, Engine};
+use crate::sandbox::PoolBounds;
 
 use super::Place;
 use super::answer::Refusal;
@@ -40,6 +41,8 @@ pub struct ServeRequest {
     pub place: Place,
     /// Descriptor that gets one byte when connections are accepted.
     pub ready_fd: Option<u32>,
+    /// What the templates of all sandboxes may take.
+    pub pool: PoolBounds,
 }
 
 /// Why the daemon did not start, or ended.
@@ -165,7 +168,7 @@ pub fn serve(request: &ServeRequest, on_ready: impl FnOnce()) -> Result<(), Serv
     let lock = SocketLock::take(&request.place.socket, patience)?;
     make_private_dir(&request.place.store)?;
     let store = request.place.store.canonicalize().map_err(|source| ServeError::Io { op: "open store", source })?;
-    let engine = Arc::new(Engine::open(&engine::Config { store: store.clone() })?);
+    let engine = Arc::new(Engine::open(&engine::Config { store: store.clone(), pool: request.pool })?);
     let (daemon, ender) = daemon(Some(engine), store);
 
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -9,14 +9,14 @@
 //! of which the last ends it.
 
 use std::io;
-use std::time::Instant;
 
 use libc::pid_t;
 use nix::sys::ptrace;
 use nix::unistd::Pid;
 
+use super::area::Place;
 use super::error::InjectError;
-use super::helper::{Seen, bytes_of};
+use super::helper::{Seen, Wait, bytes_of};
 use super::inject::{BATCH_PATIENCE, Call, Hand, Reached, TICK};
 use super::stop::{Stopped, Thread};
 use crate::sys::blob::AREA_HELPER;
@@ -30,7 +30,7 @@ pub(super) struct Births {
 }
 
 impl Hand<'_> {
-    /// Makes `calls`, all of them clone3 with exit signal 0, after memory was written at `before`. Should the engine die
+    /// Makes `calls`, all of them clone3 without CLONE_VFORK, after memory was written at `before`. Should the engine die
     /// the newborn make the calls in `orphan`, of which the last must end them.
     ///
     /// # Errors
@@ -43,7 +43,7 @@ impl Hand<'_> {
     ) -> Result<Births, InjectError> {
         let mut bytes: Vec<u8> = orphan.iter().flat_map(bytes_of).collect();
         self.write(self.area().start + AREA_HELPER as u64, &bytes)?;
-        self.set_options(libc::PTRACE_O_SUSPEND_SECCOMP | libc::PTRACE_O_TRACECLONE)?;
+        self.set_options(libc::PTRACE_O_SUSPEND_SECCOMP | libc::PTRACE_O_TRACECLONE | libc::PTRACE_O_TRACEFORK)?;
         let mut born = Vec::with_capacity(calls.len());
         let ran = self.begin_batch(calls, before, &mut bytes).and_then(|()| self.catch_all(&mut born));
         let results = ran
@@ -79,9 +79,9 @@ impl Hand<'_> {
     fn wait_birth(&mut self, child: pid_t) -> Result<(), InjectError> {
         let timed = |hand: &Self, source| hand.error("time a birth in", source);
         self.stopped.alarm.listen(BATCH_PATIENCE, TICK).map_err(|source| timed(self, source))?;
-        let deadline = Instant::now() + BATCH_PATIENCE;
+        let mut wait = Wait::new("stop at its birth", None);
         let seen = loop {
-            match self.see(child, deadline) {
+            match self.see(child, &mut wait) {
                 Ok(Seen::Birth) => break Ok(()),
                 Ok(Seen::End) => break Err(InjectError::Gone { pid: self.pid, tid: child }),
                 Ok(Seen::Marker | Seen::Other) => {
@@ -95,6 +95,20 @@ impl Hand<'_> {
         };
         self.stopped.alarm.deafen().map_err(|source| timed(self, source))?;
         seen
+    }
+
+    /// Takes the hand back and records another area, which is mapped already: the next hand uses it. The vdso is where the
+    /// auxiliary vector says.
+    ///
+    /// # Errors
+    /// Which area the process has is not known.
+    pub(super) fn move_area(self, to: u64) -> io::Result<()> {
+        let no_place = || io::Error::other("no vdso, or no room in it");
+        let place = Place::find(self.pid, self.tid, &self.memory)?.ok_or_else(no_place)?;
+        place.record(&self.memory, to)?;
+        let pid = self.pid;
+        self.stopped.kept.known.retain(|known| known.pid != pid);
+        self.close().map_err(io::Error::other)
     }
 
     /// Ends the hand's thread, which is not the last of its process. Its memory does not change by that: nobody waits for
@@ -139,6 +153,7 @@ impl Stopped {
     fn forget_thread(&mut self, pid: pid_t, tid: pid_t) {
         if let Some(process) = self.processes.iter_mut().find(|process| process.pid == pid) {
             process.threads.retain(|thread| thread.tid != tid);
+            process.forget_told(tid);
         }
         self.kept.known.retain(|known| known.tid != tid);
         self.kept.waits.forget(tid);

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use libc::pid_t;
 
+use super::whereabouts::Whereabouts;
+
 /// Processes were not stopped. All of them run on as if nothing had happened.
 #[derive(Debug, thiserror::Error)]
 pub enum StopError {
@@ -118,6 +120,18 @@ pub enum InjectError {
         pid: pid_t,
         /// Which call of the batch; those before it were made.
         index: usize,
+    },
+    /// What it made for the engine, a helper or a thread, did not come as far as it had to, and was killed.
+    #[error("what process {pid} made for the engine did not {step} in time: {helper}; its maker: {maker}")]
+    Late {
+        /// The process.
+        pid: pid_t,
+        /// What was waited for.
+        step: &'static str,
+        /// What was made.
+        helper: Box<Whereabouts>,
+        /// The thread that made it.
+        maker: Box<Whereabouts>,
     },
     /// A thread is still in injected code of an engine that died, and does not come out of it.
     #[error("leave what an engine that died injected: {0}")]

@@ -90,7 +90,12 @@ fn seize_new(stopped: &mut Stopped, request: &Request<'_>) -> Result<(), StopErr
         let at = match stopped.processes.iter().position(|process| process.pid == pid) {
             Some(at) => at,
             None => {
-                stopped.processes.push(Process { pid, threads: Vec::new(), ends_with_engine: false });
+                stopped.processes.push(Process {
+                    pid,
+                    threads: Vec::new(),
+                    ends_with_engine: false,
+                    told: Default::default(),
+                });
                 stopped.processes.len() - 1
             }
         };

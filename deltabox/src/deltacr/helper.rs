@@ -11,15 +11,19 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use libc::pid_t;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::area::CALL_BYTES;
 use super::error::InjectError;
 use super::inject::{BATCH_PATIENCE, Call, Hand, Reached, TICK};
+use super::patience::Patience;
+use super::tasks;
+use super::whereabouts::Whereabouts;
 use crate::fault;
 use crate::sys::blob::{AREA_BYTES, AREA_CALLS, AREA_HELPER};
 use crate::sys::process::pidfd_open;
@@ -33,6 +37,10 @@ const N_HELPER_CALLS: usize = 16;
 pub(super) const DATA: usize = AREA_HELPER + N_HELPER_CALLS * CALL_BYTES;
 const _: () = assert!(DATA + 2048 <= AREA_BYTES, "the data has room");
 
+/// So long a helper is kept on the process's CPU (chosen: it needs 0.1 ms for 10 MB; with a busy one the turn of each other
+/// takes 3 ms). After that it goes wherever there is a CPU.
+const KEPT: Duration = Duration::from_millis(20);
+
 /// What became of a batch with a helper.
 pub(super) struct Ran<E> {
     /// Results of the process's calls.
@@ -41,6 +49,8 @@ pub(super) struct Ran<E> {
     pub(super) helper: Vec<i64>,
     /// `None`: there was no helper, or it failed before its marker.
     pub(super) attended: Option<Result<(), E>>,
+    /// The CPUs that its children are to have, if it had others.
+    pub(super) cpus: Option<CpuSet>,
 }
 
 /// How a helper stops.
@@ -69,9 +79,11 @@ impl Hand<'_> {
         self.write(self.area + AREA_HELPER as u64, &bytes)?;
         self.set_options(libc::PTRACE_O_SUSPEND_SECCOMP | libc::PTRACE_O_TRACECLONE)?;
         let ran = self.begin_batch(calls, (self.area, &[]), &mut bytes).and_then(|()| self.go_on());
+        let mut cpus = None;
         let attended = match ran {
             Ok(Reached::Birth(child)) => {
-                let attended = self.attend(child, attend);
+                cpus = self.keep_here(child);
+                let attended = self.attend(child, cpus, attend);
                 self.finish_batch().and(attended)
             }
             Ok(Reached::Marker) => {
@@ -84,7 +96,7 @@ impl Hand<'_> {
         let attended = attended?;
         let results = self.read_results(AREA_CALLS, calls.len())?;
         let helper = self.read_results(AREA_HELPER, helper.len())?;
-        Ok(Ran { results, helper, attended })
+        Ok(Ran { results, helper, attended, cpus })
     }
 
     /// Where call `index` of a batch lies.
@@ -108,12 +120,13 @@ impl Hand<'_> {
     fn attend<E>(
         &mut self,
         child: pid_t,
+        cpus: Option<CpuSet>,
         attend: impl FnOnce(BorrowedFd<'_>) -> Result<(), E>,
     ) -> Result<Option<Result<(), E>>, InjectError> {
         let timed = |hand: &Self, source| hand.error("time a helper of", source);
-        self.stopped.alarm.listen(BATCH_PATIENCE, TICK).map_err(|source| timed(self, source))?;
-        let deadline = Instant::now() + BATCH_PATIENCE;
-        let attended = self.raise(child, deadline).and_then(|is_there| {
+        self.stopped.alarm.listen(KEPT, TICK).map_err(|source| timed(self, source))?;
+        let mut wait = Wait::new("stop at its birth", cpus);
+        let attended = self.raise(child, &mut wait).and_then(|is_there| {
             if !is_there {
                 return Ok(None);
             }
@@ -121,7 +134,8 @@ impl Hand<'_> {
             let attended = attend(pidfd.as_fd());
             fault::point("template.attended").map_err(|source| self.error("attend a helper of", source))?;
             resume(child, 0).map_err(|source| self.error("resume a helper of", source))?;
-            while !matches!(self.see(child, deadline)?, Seen::End) {
+            wait.step = "make a copy, and end";
+            while !matches!(self.see(child, &mut wait)?, Seen::End) {
                 resume(child, 0).map_err(|source| self.error("resume a helper of", source))?;
             }
             Ok(Some(attended))
@@ -133,16 +147,27 @@ impl Hand<'_> {
         attended
     }
 
+    /// Keeps a newborn helper on the tracer's CPU, which is the process's; the CPUs that it had before. Left to itself the
+    /// kernel lets it begin on the idlest CPU: with both busy it waited there, and the memory that it copies is in this
+    /// one's cache. `None`: it goes where it likes.
+    fn keep_here(&self, child: pid_t) -> Option<CpuSet> {
+        let mut here = CpuSet::new();
+        here.set(self.stopped.pinned?).ok()?;
+        let before = sched_getaffinity(Pid::from_raw(child)).ok()?;
+        sched_setaffinity(Pid::from_raw(child), &here).ok().map(|()| before)
+    }
+
     /// From its birth to its marker; `false` if it ended before.
-    fn raise(&self, child: pid_t, deadline: Instant) -> Result<bool, InjectError> {
-        while !matches!(self.see(child, deadline)?, Seen::Birth) {
+    fn raise(&self, child: pid_t, wait: &mut Wait) -> Result<bool, InjectError> {
+        while !matches!(self.see(child, wait)?, Seen::Birth) {
             resume(child, 0).map_err(|source| self.error("resume a helper of", source))?;
         }
         fault::point("template.born").map_err(|source| self.error("raise a helper of", source))?;
         queue_signal(child, child, self.marker, 0).map_err(|source| self.error("queue a signal for", source))?;
+        wait.step = "come to its marker";
         loop {
             resume(child, 0).map_err(|source| self.error("resume a helper of", source))?;
-            match self.see(child, deadline)? {
+            match self.see(child, wait)? {
                 Seen::Marker => return Ok(true),
                 Seen::Birth | Seen::Other => {}
                 Seen::End => return Ok(false),
@@ -150,14 +175,15 @@ impl Hand<'_> {
         }
     }
 
-    pub(super) fn see(&self, child: pid_t, deadline: Instant) -> Result<Seen, InjectError> {
+    pub(super) fn see(&self, child: pid_t, wait: &mut Wait) -> Result<Seen, InjectError> {
         loop {
             let status = match wait_thread(child, 0) {
                 Ok(Some(status)) => status,
                 Ok(None) => continue,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {
-                    if Instant::now() >= deadline {
-                        return Err(self.error("wait for a helper of", io::ErrorKind::TimedOut.into()));
+                    if wait.is_over(child) {
+                        let [helper, maker] = [child, self.tid].map(|tid| Box::new(Whereabouts::look(tid)));
+                        return Err(InjectError::Late { pid: self.pid, step: wait.step, helper, maker });
                     }
                     continue;
                 }
@@ -177,8 +203,38 @@ impl Hand<'_> {
     fn put_down(&self, child: pid_t) {
         // It may have ended; whatever else fails, the process waits for it and is told as blocked.
         let _ = kill(Pid::from_raw(child), Signal::SIGKILL);
-        while matches!(self.see(child, Instant::now() + BATCH_PATIENCE), Ok(Seen::Birth | Seen::Marker | Seen::Other)) {
+        let mut wait = Wait::new("end", None);
+        while matches!(self.see(child, &mut wait), Ok(Seen::Birth | Seen::Marker | Seen::Other)) {}
+    }
+}
+
+/// A wait for a helper.
+pub(super) struct Wait {
+    /// What it is to do.
+    step: &'static str,
+    begun: Instant,
+    patience: Patience,
+    /// The CPUs that it is to have if it does not come.
+    cpus: Option<CpuSet>,
+}
+
+impl Wait {
+    pub(super) fn new(step: &'static str, cpus: Option<CpuSet>) -> Self {
+        let begun = Instant::now();
+        Self { step, begun, patience: Patience::new(begun, BATCH_PATIENCE), cpus }
+    }
+
+    /// It was interrupted: lets the helper go to where there is a CPU; whether it is to be given up.
+    fn is_over(&mut self, child: pid_t) -> bool {
+        let now = Instant::now();
+        if now >= self.begun + KEPT
+            && let Some(cpus) = self.cpus.take()
+        {
+            // Should it fail, it goes on where it is.
+            let _ = sched_setaffinity(Pid::from_raw(child), &cpus);
         }
+        let state = || tasks::read_stat(child, child).ok().flatten().map_or('-', |stat| stat.state);
+        self.patience.is_over(now, state)
     }
 }
 

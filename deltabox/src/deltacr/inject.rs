@@ -391,7 +391,8 @@ impl<'a> Hand<'a> {
                     let done = left.saturating_sub(self.area + AREA_CALLS as u64) / CALL_BYTES as u64;
                     return Err(InjectError::Blocked { pid, index: usize::try_from(done).unwrap_or(0) });
                 }
-                _ if event == libc::PTRACE_EVENT_CLONE => {
+                // A fork is what sends SIGCHLD at its end.
+                _ if event == libc::PTRACE_EVENT_CLONE || event == libc::PTRACE_EVENT_FORK => {
                     let child = ptrace::getevent(Pid::from_raw(tid))
                         .map_err(|source| self.error("ask for the child of", source.into()))?;
                     let pid = pid_t::try_from(child);

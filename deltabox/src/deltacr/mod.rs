@@ -18,6 +18,7 @@ mod locks;
 mod marker;
 pub mod moment;
 pub mod objects;
+mod patience;
 mod place;
 mod position;
 pub mod rebase;
@@ -31,7 +32,10 @@ mod tasks;
 pub mod template;
 mod timed;
 mod timeouts;
+mod told;
 mod waits;
+mod whereabouts;
 
 pub use error::{InjectError, InjectRefusal, StopError, StopRefusal};
 pub use handover::{HandoverError, LastCall};
+pub use whereabouts::Whereabouts;

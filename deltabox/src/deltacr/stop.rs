@@ -32,6 +32,7 @@ use super::frame::{self, XSTATE_MAX_BYTES};
 use super::halt::{self, Halt, PATIENCE, TICK};
 use super::inject::Hand;
 use super::tasks::{self, Lists};
+use super::told::Told;
 use super::waits::Waits;
 use super::{InjectError, interrupted};
 use crate::sys::ptrace::{resume, wait_thread};
@@ -65,6 +66,9 @@ pub(super) struct Kept {
     pub(super) waits: Waits,
     /// Processes in which there was a hand.
     pub(super) known: Vec<Known>,
+    /// Those of which a plain copy had not all (see [`super::template::Request`]). The number may be another's by now: that
+    /// costs it a look.
+    pub(super) careful: Vec<pid_t>,
     /// No thread is in injected code of an engine that died: this one has looked.
     pub(super) orphans_finished: bool,
 }
@@ -140,6 +144,8 @@ pub struct Stopped {
     pub(super) pinned: Option<usize>,
     /// SIGSTOPs that arrived while injected code ran, to be sent again.
     pub(super) deferred: Vec<(pid_t, i32)>,
+    /// PIDs inside of those that were made as children of init, whatever became of them.
+    pub(super) born: Vec<pid_t>,
     /// Processes of which is known whether orphans become their children.
     pub(super) subreapers: Vec<(pid_t, bool)>,
     pub(super) alarm: Alarm,
@@ -157,6 +163,7 @@ pub struct Process {
     pub threads: Vec<Thread>,
     /// The engine made it, or thawed it: if the engine dies before the stop is over, it is killed.
     pub(super) ends_with_engine: bool,
+    pub(super) told: Told,
 }
 
 /// A stopped thread.
@@ -183,6 +190,7 @@ impl Stopped {
             lists,
             pinned: None,
             deferred: Vec::with_capacity(16),
+            born: Vec::new(),
             subreapers: Vec::new(),
             alarm,
             kept,
@@ -269,7 +277,9 @@ impl Stopped {
         let deadline = Instant::now() + ORPHAN_PATIENCE;
         let failed = |op: &'static str, tid| move |source: io::Error| StopError::Thread { op, pid, tid, source };
         let Some(process) = self.processes.iter_mut().find(|process| process.pid == pid) else { return Ok(()) };
-        for thread in process.threads.iter_mut().filter(|thread| is_injected(thread.registers.rip)) {
+        // A thread that the other engine was about to end.
+        let mut ended = Vec::new();
+        'threads: for thread in process.threads.iter_mut().filter(|thread| is_injected(thread.registers.rip)) {
             let tid = thread.tid;
             while is_injected(thread.registers.rip) {
                 // A call that blocks would go on blocking; nobody wants its result.
@@ -287,6 +297,10 @@ impl Stopped {
                 self.alarm.deafen().map_err(failed("time", tid))?;
                 match halt? {
                     Halt::Halted { .. } => thread.halted = true,
+                    Halt::Ended if tid != pid => {
+                        ended.push(tid);
+                        continue 'threads;
+                    }
                     Halt::Ended => return Err(failed("wait for", tid)(io::Error::from_raw_os_error(libc::ESRCH))),
                     Halt::Stuck => return Err(halt::refuse(pid, tid).into()),
                 }
@@ -297,6 +311,7 @@ impl Stopped {
                     .map_err(|error| failed("read registers of", tid)(error.into()))?;
             }
         }
+        process.threads.retain(|thread| !ended.contains(&thread.tid));
         Ok(())
     }
 
@@ -312,6 +327,30 @@ impl Stopped {
             let pid = process.pid;
             process.threads.iter_mut().map(move |thread| (pid, thread))
         })
+    }
+
+    /// PIDs inside of those that were made as children of init, whatever became of them.
+    pub fn take_born(&mut self) -> Vec<pid_t> {
+        std::mem::take(&mut self.born)
+    }
+
+    /// Whether job control (SIGSTOP and its kin) has stopped a process.
+    pub(super) fn is_job_stopped(&self, pid: pid_t) -> bool {
+        let process = self.processes.iter().find(|process| process.pid == pid);
+        process.is_some_and(|process| process.threads.iter().any(|thread| thread.group_stopped))
+    }
+
+    /// Takes a process out of job control's stop. A SIGCONT waits for it then, and its parent is told.
+    pub(super) fn continue_job(&mut self, pid: pid_t) {
+        // It may have died meanwhile.
+        let _ = nix::sys::signal::kill(Pid::from_raw(pid), nix::sys::signal::Signal::SIGCONT);
+        let threads = self.processes.iter_mut().filter(|process| process.pid == pid).flat_map(|one| &mut one.threads);
+        threads.for_each(|thread| thread.group_stopped = false);
+    }
+
+    /// Has job control stop a process when it is let go, of which its parent is told.
+    pub(super) fn stop_job(&mut self, pid: pid_t) {
+        self.deferred.push((pid, libc::SIGSTOP));
     }
 
     /// Lets all go on that are halted; the others stay seized until this OS thread ends. The end of the work does it too.
@@ -359,6 +398,7 @@ fn stop(stopped: &mut Stopped, request: Request<'_>) -> Result<(), StopError> {
     stopped.kept.waits.end_stop();
     let Stopped { kept, processes, .. } = stopped;
     kept.known.retain(|known| processes.iter().any(|process| process.pid == known.pid));
+    kept.careful.retain(|pid| processes.iter().any(|process| process.pid == *pid));
     Ok(())
 }
 

@@ -8,8 +8,6 @@ use std::time::{Duration, Instant};
 
 use libc::pid_t;
 
-use super::moment::Identity;
-
 /// The fields of `/proc/PID/task/TID/stat` that matter here. Signal sets hold signals 1 to 31, bit `n - 1`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stat {
@@ -114,27 +112,13 @@ pub(super) fn pid_inside(pid: pid_t) -> io::Result<pid_t> {
     own.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-/// A process and its parent, by their numbers inside.
-pub(super) fn read_identity(host: pid_t) -> io::Result<Identity> {
-    let text = fs::read(format!("/proc/{host}/stat"))?;
-    let text = String::from_utf8_lossy(&text);
-    let fields: Vec<&str> = text[text.rfind(')').map_or(0, |at| at + 1)..].split_ascii_whitespace().collect();
-    // Numbers of proc_pid_stat(5); the third is the first here.
-    let field = |number: usize| fields.get(number - 3).copied().ok_or(io::ErrorKind::InvalidData);
-    let invalid = |_| io::ErrorKind::InvalidData;
-    let parent: pid_t = field(4)?.parse().map_err(invalid)?;
-    let start = field(22)?.parse().map_err(invalid)?;
-    let session: pid_t = field(6)?.parse().map_err(invalid)?;
-    // A parent in another namespace has no number here.
-    let parent = if parent == 0 { 0 } else { pid_inside(parent)? };
-    Ok(Identity { inside: pid_inside(host)?, parent, host, start, leads: session == host })
-}
-
 /// A child of a process.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Child {
     /// In its own PID namespace.
     pub(super) inside: pid_t,
+    /// In the host's.
+    pub(super) host: pid_t,
     /// It has ended and nobody has asked for its status.
     pub(super) is_zombie: bool,
 }
@@ -149,7 +133,7 @@ pub(super) fn scan_children(pid: pid_t) -> io::Result<Vec<Child>> {
         for child in text.split_ascii_whitespace().filter_map(|number| number.parse::<pid_t>().ok()) {
             let Some(stat) = read_stat(child, child)? else { continue };
             if let Some(inside) = none_if_gone(pid_inside(child))? {
-                children.push(Child { inside, is_zombie: stat.state == 'Z' });
+                children.push(Child { inside, host: child, is_zombie: stat.state == 'Z' });
             }
         }
     }

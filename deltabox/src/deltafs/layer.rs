@@ -182,15 +182,36 @@ pub struct LiveLayer {
 impl LiveLayer {
     /// Makes an empty layer in `dir`, which must not exist.
     pub(super) fn create(dir: &Path, record: Record) -> io::Result<Self> {
+        let layer = Self::prepare(dir, record)?;
+        layer.record.save(dir)?;
+        Ok(layer)
+    }
+
+    /// The same without its record on disk: not a layer yet.
+    pub(super) fn prepare(dir: &Path, record: Record) -> io::Result<Self> {
         crate::fault::point("create.layer")?;
         fs::create_dir(dir)?;
         let (upper, work) = (dir.join("upper"), dir.join("work"));
         fs::create_dir(&upper)?;
         fs::create_dir(&work)?;
-        record.save(dir)?;
         let (upper, work) = (open_for_looks(&upper)?, open_dir(&work)?);
         record.root.apply(upper.as_fd())?;
         Ok(Self { record, upper, work })
+    }
+
+    /// Makes a prepared one a layer above others.
+    pub(super) fn settle(
+        &mut self,
+        dir: &Path,
+        parent: Option<LayerId>,
+        depth: u64,
+        stack: Vec<LayerId>,
+        head: Option<String>,
+    ) -> io::Result<()> {
+        let record = Record { parent, depth, stack, head, ..self.record.clone() };
+        record.save(dir)?;
+        self.record = record;
+        Ok(())
     }
 
     /// One that is there.

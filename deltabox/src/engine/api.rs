@@ -7,8 +7,10 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::Error;
+use crate::deltacr::moment::Outlook;
 use crate::deltafs::diff::Change;
-use crate::sandbox::{SandboxId, SandboxSpec};
+use crate::pool::Weight;
+use crate::sandbox::{PoolBounds, SandboxId, SandboxSpec};
 
 /// Where an answer goes. Called exactly once, from whichever engine thread has it; must not block.
 pub type Reply<T> = Box<dyn FnOnce(Result<T, Error>) + Send>;
@@ -188,6 +190,49 @@ pub struct TreeReport {
     pub head: Option<String>,
     /// By number, so that a parent comes before its children.
     pub checkpoints: Vec<TreeNode>,
+    /// What its templates take.
+    pub pool: PoolReport,
+}
+
+/// What templates take, and may take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PoolReport {
+    /// Those of the sandbox.
+    pub sandbox: BoundReport,
+    /// Those of all sandboxes.
+    pub host: BoundReport,
+}
+
+/// What is held of what may be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct BoundReport {
+    /// What is held.
+    pub held: Weight,
+    /// What may be.
+    pub most: PoolBounds,
+}
+
+/// How the processes of a checkpoint would come back, as far as can be told while they run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct OutlookReport {
+    /// Processes that live and would be put back in place.
+    pub n_in_place: usize,
+    /// Processes that would be made by their templates.
+    pub n_forked: usize,
+    /// Processes that would be made by others.
+    pub n_rebuilt: usize,
+    /// Processes that live now and would end.
+    pub n_ending: usize,
+    /// Why it would be refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub refused: Option<String>,
+}
+
+impl From<Outlook> for OutlookReport {
+    fn from(outlook: Outlook) -> Self {
+        let Outlook { n_in_place, n_forked, n_rebuilt, n_ending, refused } = outlook;
+        Self { n_in_place, n_forked, n_rebuilt, n_ending, refused }
+    }
 }
 
 /// A checkpoint in its tree.
@@ -204,6 +249,13 @@ pub struct TreeNode {
     pub shared_bytes: u64,
     /// Whether templates of its processes are in memory: how a rollback would have them back.
     pub in_memory: bool,
+    /// Templates that only it has: what its removal would free.
+    pub own_templates: Weight,
+    /// Templates that other checkpoints have too: of processes that were the same in both.
+    pub shared_templates: Weight,
+    /// How a rollback of its processes would go now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub outlook: Option<OutlookReport>,
     /// Which layer of its stack is not whole, and why: no rollback to it then.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub damage: Option<String>,

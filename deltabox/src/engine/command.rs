@@ -8,7 +8,7 @@ use nix::fcntl::{FcntlArg, OFlag};
 use serde::{Deserialize, Serialize};
 
 use super::api::{
-    Attachment, Departure, ExecReport, ExecRequest, Exit, OnDisconnect, StdinEnd, StdinHold, Stdio, Streams, WindowSize,
+    Attachment, ExecReport, ExecRequest, Exit, OnDisconnect, StdinEnd, StdinHold, Stdio, Streams, WindowSize,
 };
 use super::driver::{Mail, Message};
 
@@ -16,7 +16,7 @@ use super::driver::{Mail, Message};
 pub(super) type OnExit = Box<dyn FnOnce(Exit) + Send>;
 
 /// What init keeps for us while there is no engine.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Tag {
     pub(super) argv: Vec<String>,
     pub(super) stdio: Stdio,
@@ -28,6 +28,11 @@ impl Tag {
     pub(super) fn of(request: &ExecRequest, started_unix_ms: u64) -> Self {
         let ExecRequest { argv, stdio, on_disconnect, .. } = request.clone();
         Self { argv, stdio, on_disconnect, started_unix_ms }
+    }
+
+    /// Whether both are of the same command, wherever its streams lead now.
+    pub(super) fn is_of(&self, other: &Self) -> bool {
+        (&self.argv, self.started_unix_ms) == (&other.argv, other.started_unix_ms)
     }
 }
 
@@ -41,10 +46,14 @@ pub(super) struct Ends {
 /// One command that init holds.
 pub(super) struct Command {
     pub(super) pid: u32,
+    /// 0, and one more with each rollback that has made it again.
+    pub(super) life: u32,
     pub(super) tag: Tag,
     pub(super) ends: Ends,
     /// Set while a client is attached. The callback goes when the command has ended.
     pub(super) client: Option<Option<OnExit>>,
+    /// In which life the last client came.
+    pub(super) came: u32,
     pub(super) exit: Option<Exit>,
 }
 
@@ -63,7 +72,7 @@ impl Command {
 
     /// A client's hold on this command: copies of the ends, and the news of its departure.
     pub(super) fn attachment(&self, mail: &Arc<Mail>) -> std::io::Result<Attachment> {
-        let pid = self.pid;
+        let (pid, life) = (self.pid, self.came);
         let mut outer = self
             .ends
             .outer
@@ -78,7 +87,7 @@ impl Command {
                     Some(fd) => {
                         let mail = Arc::clone(mail);
                         // A sandbox that is gone has no input to close.
-                        let on_drop = Box::new(move || _ = mail.post(Message::StdinClosed { pid }));
+                        let on_drop = Box::new(move || _ = mail.post(Message::StdinClosed { pid, life }));
                         Some(StdinEnd { fd: fd.try_clone()?, hold: StdinHold(Some(on_drop)) })
                     }
                 };
@@ -92,7 +101,7 @@ impl Command {
             }
         };
         let mail = Arc::clone(mail);
-        let on_drop = Box::new(move |departure: Departure| _ = mail.post(Message::ClientLeft { pid, departure }));
+        let on_drop = Box::new(move |departure| _ = mail.post(Message::ClientLeft { pid, life, departure }));
         Ok(Attachment { pid, streams, on_drop: Some(on_drop) })
     }
 }

@@ -114,8 +114,9 @@ pub(super) fn register(engine: &Engine, manifest: Manifest, tree: Tree, life: Op
     };
     let (live, next, tops) = (manifest.live, manifest.next, tops(&manifest, &tree));
     let held = mounted_over(engine, &manifest);
-    let (execs, in_memory) = Default::default();
-    let shown = Shown { report, execs, tree: Arc::new(tree.clone()), in_memory, live, next, tops, held };
+    let execs = Vec::new();
+    engine.0.pool.open(&manifest.id, manifest.spec.pool);
+    let shown = Shown { report, execs, tree: Arc::new(tree.clone()), live, next, tops, held };
     let shown = Arc::new(Mutex::new(shown));
     let image = match &manifest.spec.base {
         BaseRef::Image { name } => Some(name.clone()),
@@ -133,6 +134,7 @@ pub(super) fn register(engine: &Engine, manifest: Manifest, tree: Tree, life: Op
 pub(super) fn drive_to_the_end(engine: &Engine, id: &SandboxId, driver: Driver) {
     let reply = driver.run();
     engine.0.book.forget(id.as_str());
+    engine.0.pool.close(id);
     engine.sandboxes().remove(id);
     reply(Ok(()));
 }
@@ -206,7 +208,9 @@ fn make(engine: &Engine, id: &SandboxId, spec: SandboxSpec, mut span: Span) -> R
         Manifest::new(id.clone(), spec, unix_ms(), create_us, cgroups, layer.record().id, footing.frame(), init);
     manifest.save(dir.path(), false).map_err(io("write the manifest in", dir.path().to_owned()))?;
     scraps.keep = true;
+    let backstage = Some(Arc::new(spawned.backstage));
+    let life = Life { init: spawned.init, link: spawned.link, backstage };
     span.end_of(Phase::Manifest);
     inner.book.record(id.as_str(), &span);
-    Ok((manifest, tree, Life { init: spawned.init, link: spawned.link }))
+    Ok((manifest, tree, life))
 }

@@ -12,6 +12,8 @@
 mod checkpoints;
 mod commands;
 mod merging;
+mod moments;
+mod spare;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -37,15 +39,19 @@ use super::store::SandboxDir;
 use super::switch::Standing;
 use super::tree::{CheckpointId, Tree};
 use super::{Engine, Error, ready};
-use crate::deltacr::moment::{Identity, Moment};
+use crate::deltacr::moment::{Identity, Moment, Outlook};
 use crate::deltacr::stop::Tracer;
 use crate::deltafs::layer::{LayerId, LiveLayer, Record};
 use crate::latency::{Book, Phase, Span};
+use crate::sandbox::backstage::Backstage;
 use crate::sandbox::link::InitLink;
 use crate::sys::process::{self, Child};
 use merging::Merging;
+use moments::Moments;
+use spare::Spares;
 
 pub(super) use merging::MAX_LAYERS;
+pub(super) use spare::sweep;
 
 /// Where a driver is reached.
 pub(super) type Mail = Inbox<Message>;
@@ -70,9 +76,12 @@ pub(super) enum Message {
     },
     StdinClosed {
         pid: u32,
+        life: u32,
     },
     ClientLeft {
         pid: u32,
+        /// That in which it came.
+        life: u32,
         departure: Departure,
     },
     Checkpoint {
@@ -88,6 +97,10 @@ pub(super) enum Message {
     RemoveCheckpoint {
         checkpoint: String,
         reply: Reply<()>,
+    },
+    /// How rollbacks to each checkpoint that holds processes would go.
+    Outlook {
+        reply: Reply<BTreeMap<CheckpointId, Outlook>>,
     },
     Collect {
         reply: Reply<GcReport>,
@@ -109,8 +122,6 @@ pub(super) struct Shown {
     pub(super) report: SandboxReport,
     pub(super) execs: Vec<ExecReport>,
     pub(super) tree: Arc<Tree>,
-    /// Checkpoints whose processes' templates are there.
-    pub(super) in_memory: BTreeSet<CheckpointId>,
     pub(super) live: LayerId,
     pub(super) next: Option<LayerId>,
     /// Layers that it needs, with all below them.
@@ -139,6 +150,8 @@ const N_ENDED_SHOWN: usize = 256;
 pub(super) struct Life {
     pub(super) init: Child,
     pub(super) link: InitLink,
+    /// Not there until init has told of it, after a restart.
+    pub(super) backstage: Option<Arc<Backstage>>,
 }
 
 struct Pending {
@@ -168,14 +181,17 @@ pub(super) struct Driver {
     tree: Arc<Tree>,
     /// Its live layer and base, opened for the first checkpoint.
     live: Option<LiveLayer>,
-    footing: Option<Footing>,
+    footing: Option<Arc<Footing>>,
+    spares: Spares,
     merging: Merging,
     /// Directories that its programs keep open.
     standing: Standing,
     /// The processes of its checkpoints, those whose templates are there.
-    moments: BTreeMap<CheckpointId, Moment>,
+    moments: Moments,
     /// Processes that a rollback made again, as they were and as they are, until all moments know.
     made_again: Vec<(Identity, Identity)>,
+    /// PIDs inside of those that the last rollback made as children of init, whatever became of them.
+    born: Vec<i32>,
     /// Why its processes are on different roots.
     torn: Option<String>,
     tracer: Tracer,
@@ -205,15 +221,18 @@ enum Alarm {
 impl Driver {
     pub(super) fn new(parts: DriverParts, life: Option<Life>) -> Self {
         let DriverParts { engine, tree, manifest, dir, mail, shown, logs, retired, book } = parts;
+        let (pool, sandbox) = (Arc::clone(&engine.0.pool), manifest.id.clone());
         Self {
             engine,
             tree: Arc::new(tree),
             live: None,
             footing: None,
+            spares: Spares::default(),
             merging: Merging::default(),
             standing: Standing::default(),
-            moments: BTreeMap::new(),
+            moments: Moments::new(pool, sandbox),
             made_again: Vec::new(),
+            born: Vec::new(),
             torn: None,
             tracer: Tracer::new(),
             manifest,
@@ -238,7 +257,9 @@ impl Driver {
 
     /// The processes that its checkpoints hold.
     pub(super) fn set_moments(&mut self, moments: BTreeMap<CheckpointId, Moment>) {
-        self.moments = moments;
+        for (id, moment) in moments {
+            self.moments.insert(id, moment);
+        }
     }
 
     /// Serves until the sandbox is removed. Returns the reply of that request, for when its name is free again.
@@ -281,14 +302,23 @@ impl Driver {
             Message::Attach { pid, on_exit, reply } => reply(self.attach(pid, on_exit)),
             Message::Signal { pid, signal, reply } => reply(self.signal(pid, signal)),
             Message::StdinClosed { .. } | Message::ClientLeft { .. } if self.retired.load(Ordering::SeqCst) => {}
-            Message::StdinClosed { pid } => self.close_stdin(pid),
-            Message::ClientLeft { pid, departure } => self.client_left(pid, departure),
+            Message::StdinClosed { pid, life } => {
+                if self.is_client(pid, life) {
+                    self.close_stdin(pid);
+                }
+            }
+            Message::ClientLeft { pid, life, departure } => {
+                if self.is_client(pid, life) {
+                    self.client_left(pid, departure);
+                }
+            }
             Message::Checkpoint { request, mut span, reply } => match self.checkpoint(&request, &mut span) {
                 Ok((report, old)) => {
                     self.show();
                     reply(Ok(report));
                     self.clean_up(old, None);
                     self.merge_if_long();
+                    self.prepare_spare();
                 }
                 Err(error) => reply(Err(error)),
             },
@@ -298,10 +328,12 @@ impl Driver {
                     reply(Ok(report));
                     self.clean_up(old, Some(discarded));
                     self.merge_if_long();
+                    self.prepare_spare();
                 }
                 Err(error) => reply(Err(error)),
             },
             Message::RemoveCheckpoint { checkpoint, reply } => reply(self.remove_checkpoint(&checkpoint)),
+            Message::Outlook { reply } => reply(Ok(self.outlook())),
             Message::Collect { reply } => reply(self.engine.collect_of(&self.manifest.id)),
             Message::MergeEnded => self.end_merge(),
             Message::Kill { reply } => {
@@ -368,6 +400,7 @@ impl Driver {
             .inspect(|()| span.end_of(Phase::Kill))
             .and_then(|()| self.manifest.cgroups.remove().map_err(Error::from))
             .inspect(|()| span.end_of(Phase::Cgroup))
+            .inspect(|()| self.spares.discard(&self.engine))
             .and_then(|()| self.dir.remove().map_err(io_error("remove", &self.dir)))
             .and_then(|()| {
                 // From here on nothing needs its layers but what other sandboxes have of them.
@@ -429,8 +462,13 @@ impl Driver {
         loop {
             let Some(life) = &mut self.life else { return };
             match life.link.recv(end) {
-                Ok((FromInit::ListEnd, _)) => break,
-                Ok((message, fds)) => self.hear(message, fds),
+                Ok((message, fds)) => {
+                    let is_end = message == FromInit::ListEnd;
+                    self.hear(message, fds);
+                    if is_end {
+                        break;
+                    }
+                }
                 Err(error) if error.kind() == io::ErrorKind::TimedOut => {
                     tracing::warn!(sandbox = %self.manifest.id, "its init does not answer (stopped?); going on");
                     break;
@@ -463,9 +501,6 @@ impl Driver {
         let execs = self.commands.values().map(Command::report).collect();
         let mut shown = self.lock_shown();
         shown.execs = execs;
-        if !shown.in_memory.iter().eq(self.moments.keys()) {
-            shown.in_memory = self.moments.keys().copied().collect();
-        }
         if shown.report.epoch == self.manifest.epoch
             && (shown.live, shown.next) == (self.manifest.live, self.manifest.next)
             && Arc::ptr_eq(&shown.tree, &self.tree)
@@ -522,6 +557,7 @@ pub(super) fn refuse(message: Message, id: &crate::sandbox::SandboxId) {
         Message::Checkpoint { reply, .. } => reply(Err(gone())),
         Message::Rollback { reply, .. } => reply(Err(gone())),
         Message::RemoveCheckpoint { reply, .. } => reply(Err(gone())),
+        Message::Outlook { reply } => reply(Err(gone())),
         Message::Collect { reply } => reply(Err(gone())),
         Message::StdinClosed { .. } | Message::ClientLeft { .. } | Message::MergeEnded => {}
     }

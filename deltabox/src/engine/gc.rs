@@ -8,16 +8,21 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
-use super::api::{DiskReport, GcReport, Reply, TreeNode, TreeReport};
+use super::api::{BoundReport, DiskReport, GcReport, OutlookReport, PoolReport, Reply, TreeNode, TreeReport};
 use super::driver::Message;
-use super::tree::Checkpoint;
+use super::tree::{Checkpoint, CheckpointId};
 use super::{Engine, Error, lock};
+use crate::deltacr::moment::Outlook;
 use crate::deltafs::layer::{LayerId, Record};
 use crate::deltafs::layers::{Layers, Step, Usage};
 use crate::sandbox::SandboxId;
 
 /// Layers by which a sandbox needs others: its live one, the next one, each checkpoint's topmost.
 pub(super) type Tops = BTreeSet<LayerId>;
+
+/// How rollbacks would go, of the checkpoints that hold processes.
+#[derive(Debug)]
+pub struct Outlooks(BTreeMap<CheckpointId, Outlook>);
 
 impl Engine {
     /// Removes all layers that nobody needs.
@@ -127,18 +132,26 @@ impl Engine {
         needed
     }
 
-    /// The checkpoints of a sandbox. Looks at every layer, and walks those that were not walked before.
-    pub fn tree(&self, id: &SandboxId) -> Result<TreeReport, Error> {
+    /// Asks a sandbox how rollbacks to its checkpoints would go: for [`Engine::tree`].
+    pub fn outlooks(&self, id: &SandboxId, reply: Reply<Outlooks>) {
+        self.post(id, Message::Outlook { reply: Box::new(move |all| reply(all.map(Outlooks))) });
+    }
+
+    /// The checkpoints of a sandbox. Looks at every layer, walks those that were not walked before, measures templates.
+    pub fn tree(&self, id: &SandboxId, Outlooks(mut outlooks): Outlooks) -> Result<TreeReport, Error> {
         let shown = self.shown(id)?;
-        let (tree, in_memory, head, live) = {
+        let (tree, head, live) = {
             let shown = lock(&shown);
-            (Arc::clone(&shown.tree), shown.in_memory.clone(), shown.report.head.clone(), shown.live)
+            (Arc::clone(&shown.tree), shown.report.head.clone(), shown.live)
         };
         let layers = &self.0.layers;
         let mut others = self.needed(Some(id));
         others.add(layers, [live]);
         let mut looks = BTreeMap::new();
         let stacks: Vec<_> = tree.iter().map(|one| Stack::look(layers, one.top, &mut looks)).collect();
+        let most = lock(&shown).report.spec.pool;
+        let pool = &self.0.pool;
+        let (held, mut weights) = pool.weigh(id);
         let mut n_users = BTreeMap::new();
         for layer in stacks.iter().flat_map(|stack| &stack.layers) {
             *n_users.entry(*layer).or_insert(0) += 1;
@@ -151,10 +164,24 @@ impl Engine {
                 *(if is_own { &mut own_bytes } else { &mut shared_bytes }) += bytes;
             }
             let (checkpoint, n_layers) = (one.report(id), stack.layers.len());
-            let in_memory = in_memory.contains(&one.id);
-            TreeNode { checkpoint, n_layers, own_bytes, shared_bytes, in_memory, damage: stack.damage }
+            let (own_templates, shared_templates) = weights.remove(&one.id.0).unwrap_or_default();
+            let outlook = outlooks.remove(&one.id).map(OutlookReport::from);
+            TreeNode {
+                checkpoint,
+                n_layers,
+                own_bytes,
+                shared_bytes,
+                in_memory: outlook.is_some(),
+                own_templates,
+                shared_templates,
+                outlook,
+                damage: stack.damage,
+            }
         };
-        Ok(TreeReport { sandbox: id.clone(), head, checkpoints: tree.iter().zip(stacks).map(node).collect() })
+        let checkpoints = tree.iter().zip(stacks).map(node).collect();
+        let host = BoundReport { held: pool.held(), most: pool.bounds() };
+        let pool = PoolReport { sandbox: BoundReport { held, most }, host };
+        Ok(TreeReport { sandbox: id.clone(), head, checkpoints, pool })
     }
 
     /// What the files of a sandbox take on disk. Walks its live layer, and others that were not walked before.

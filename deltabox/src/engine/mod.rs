@@ -25,10 +25,10 @@ mod tree;
 mod worker;
 
 pub use api::{
-    Attachment, BackReport, BaseReport, CheckpointReport, CheckpointRequest, CreateRequest, DiffReport, DiffRequest,
-    DiskReport, ExecReport, ExecRequest, Exit, GcReport, LogReport, OnDisconnect, PhaseTime, ProcessReport, Reply,
-    RollbackReport, RollbackRequest, SandboxReport, SandboxState, StdinEnd, StdinHold, Stdio, Streams, TreeNode,
-    TreeReport, WindowSize,
+    Attachment, BackReport, BaseReport, BoundReport, CheckpointReport, CheckpointRequest, CreateRequest, DiffReport,
+    DiffRequest, DiskReport, ExecReport, ExecRequest, Exit, GcReport, LogReport, OnDisconnect, OutlookReport,
+    PhaseTime, PoolReport, ProcessReport, Reply, RollbackReport, RollbackRequest, SandboxReport, SandboxState,
+    StdinEnd, StdinHold, Stdio, Streams, TreeNode, TreeReport, WindowSize,
 };
 pub use error::{Error, Kind};
 
@@ -45,7 +45,8 @@ use crate::deltafs::imported::ImportedBases;
 use crate::deltafs::layers::Layers;
 use crate::kernel::cgroups::Hierarchies;
 use crate::latency::{self, Book, Operation, Span, Subject};
-use crate::sandbox::{SandboxId, idmap};
+use crate::pool::Pool;
+use crate::sandbox::{PoolBounds, SandboxId, idmap};
 use driver::{Mail, Message, Shown};
 use logs::Logs;
 use store::Store;
@@ -56,6 +57,8 @@ use worker::Worker;
 pub struct Config {
     /// The store directory; made with mode 0700 when missing.
     pub store: PathBuf,
+    /// What the templates of all sandboxes may take.
+    pub pool: PoolBounds,
 }
 
 /// All sandboxes of one store. Cheap to clone and share; every method may be called from any thread.
@@ -76,6 +79,9 @@ struct Inner {
     layers: Layers,
     janitor: Worker,
     merger: Worker,
+    /// Measures what is in the pool.
+    surveyor: Worker,
+    pool: Arc<Pool>,
     sandboxes: Mutex<BTreeMap<SandboxId, Handle>>,
     /// Images on their way out, which no new sandbox may take. Locked only with `sandboxes` held.
     leaving: Mutex<BTreeSet<String>>,
@@ -123,6 +129,8 @@ impl Engine {
         let layers = Layers::open(&dir).map_err(|source| Error::Io { op: "open", path: dir, source })?;
         let janitor = Worker::start("janitor").map_err(io("start the janitor of", "deltabox"))?;
         let merger = Worker::start_in_background("merger").map_err(io("start the merger of", "deltabox"))?;
+        let surveyor = Worker::start_in_background("surveyor").map_err(io("start the surveyor of", "deltabox"))?;
+        let pool = Pool::new(config.pool);
         let (host_bases, sandboxes, leaving, retired) = Default::default();
         let engine = Self(Arc::new(Inner {
             store,
@@ -136,6 +144,8 @@ impl Engine {
             layers,
             janitor,
             merger,
+            surveyor,
+            pool,
             sandboxes,
             leaving,
             retired,

@@ -16,7 +16,7 @@ use super::store::{DAMAGED, REMOVING, SandboxDir};
 use super::switch::{Purpose, finish};
 use super::tree::{CheckpointId, Tree};
 use super::{Engine, Error};
-use crate::deltacr::moment::{self, Moment};
+use crate::deltacr::moment::{self, FoundTemplates, Moment};
 use crate::deltafs::layer::{LayerId, Record};
 use crate::deltafs::remove::remove_tree;
 use crate::sandbox::cgroup::{self, Cgroups};
@@ -128,9 +128,9 @@ fn find_moments(
     tree: &Tree,
 ) -> (BTreeMap<CheckpointId, Moment>, Result<(), Error>) {
     let group = &manifest.cgroups.unified;
-    let mut moments = BTreeMap::new();
+    let (mut moments, mut found) = (BTreeMap::new(), FoundTemplates::default());
     for one in tree.iter().filter(|one| !one.fs_only) {
-        match Moment::load(&dir.processes(one.id), group) {
+        match Moment::load(&dir.processes(one.id), group, &mut found) {
             Ok(moment) => drop(moments.insert(one.id, moment)),
             Err(error) => {
                 tracing::warn!(sandbox = %manifest.id, checkpoint = %one.id, %error, "holds files only: its processes are lost");
@@ -215,7 +215,7 @@ fn reach(manifest: &Manifest, listener: &Path) -> io::Result<Life> {
     }
     let mut link = InitLink::new(sandbox::connect_at(listener)?)?;
     link.send(&ToInit::List, &[])?;
-    Ok(Life { init: Child { pid: manifest.init.pid, pidfd }, link })
+    Ok(Life { init: Child { pid: manifest.init.pid, pidfd }, link, backstage: None })
 }
 
 /// Ends what runs of a sandbox whose manifest is damaged, and frees its name. Its files are kept for a human.
@@ -236,8 +236,11 @@ fn set_aside(engine: &Engine, id: &SandboxId) -> Result<(), Error> {
     Ok(())
 }
 
-/// Layers that nobody needs: of sandboxes that are no more, of switches that were cut short, half made.
+/// Layers that nobody needs: of sandboxes that are no more, of switches that were cut short, half made, made ahead.
 fn clean_layers(engine: &Engine) -> Result<(), Error> {
+    let spares = engine.0.store.spares();
+    let swept = super::driver::sweep(&spares).map_err(|source| Error::Io { op: "clean up", path: spares, source });
+    log_failure("gone", "remove layers that nobody used yet", swept);
     let io = |source| Error::Io { op: "clean up", path: engine.0.store.layers(), source };
     for layer in engine.0.layers.list().map_err(io)? {
         // One of a later version is another engine's.

@@ -8,6 +8,7 @@
 //!   bases/NAME/     imported images
 //!   frames/DIGEST/  what `--base host` shows (deltafs::hostbase)
 //!   layers/LAYER/   layer.json  upper/  work/     shared by all sandboxes (deltafs::layers)
+//!   spares/LAYER/   upper/  work/                 layers that nobody uses yet (engine::driver::spare)
 //!   sandboxes/ID/   sandbox.json  init.sock  checkpoints/cN.json  logs/PID.log
 //! ```
 //! A sandbox exists if and only if its `sandbox.json` was renamed into place.
@@ -52,7 +53,7 @@ impl Store {
             },
             errno => Error::Io { op: "lock the store", path: root.clone(), source: errno.into() },
         })?;
-        for dir in ["sandboxes", "bases", "frames", "layers"] {
+        for dir in ["sandboxes", "bases", "frames", "layers", "spares"] {
             let dir = root.join(dir);
             fs::create_dir_all(&dir).map_err(|source| Error::Io { op: "create", path: dir, source })?;
         }
@@ -80,6 +81,10 @@ impl Store {
 
     pub(super) fn layers(&self) -> PathBuf {
         self.root.join("layers")
+    }
+
+    pub(super) fn spares(&self) -> PathBuf {
+        self.root.join("spares")
     }
 
     pub(super) fn sandboxes(&self) -> PathBuf {

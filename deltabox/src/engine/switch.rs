@@ -12,7 +12,8 @@
 //! stop -> next root -> prepare -> pivot -> end who is new -> restore, on the next root -> mappings of files -> resume
 //!                         |         |             |            |                            |
 //!                         v         v             `------------+----------------------------'
-//!                       resume   resume           a failure: files are the target's, and no process is left
+//!                       resume   resume           a failure: all are ended and made anew, from the templates
+//!                                                 another: files are the target's, and no process is left
 //! ```
 
 mod walks;
@@ -28,7 +29,7 @@ use nix::unistd::Pid;
 
 use crate::deltacr::StopError;
 use crate::deltacr::moment::{self, Draft, How, Identity, Moment, MomentError, Nursery, Return};
-use crate::deltacr::rebase::{Ahead, Missing, Opened, Plan, RebaseError};
+use crate::deltacr::rebase::{Ahead, Missing, Plan, RebaseError, find_private_writer};
 use crate::deltacr::stop::{Request, Stopped, Tracer, while_stopped};
 use crate::latency::{Phase, Span};
 use crate::sandbox::root::{Namespace, Root};
@@ -78,7 +79,11 @@ pub(super) enum Processes<'a> {
 pub(super) struct TakingGround<'a> {
     /// Where the templates are born.
     pub(super) nursery: &'a Nursery,
-    /// Where to put the content of shared memory.
+    /// How many templates may be made.
+    pub(super) room: usize,
+    /// The moment that they come from.
+    pub(super) earlier: Option<&'a Moment>,
+    /// Where to put the content of what processes share.
     pub(super) memory: &'a Path,
 }
 
@@ -88,6 +93,8 @@ pub(super) struct Outcome {
     pub(super) back: Vec<Back>,
     /// Who was made again: as it was, and as it is now.
     pub(super) made: Vec<(Identity, Identity)>,
+    /// PIDs inside of those that were made as children of init, whatever became of them.
+    pub(super) born: Vec<pid_t>,
     /// Streams that led out to where nobody is any more: whose (PID inside), and the end to read from.
     pub(super) streams: Vec<(pid_t, OwnedFd)>,
     /// Half way something failed, and none is left.
@@ -192,6 +199,7 @@ pub(super) fn switch(
                     move_all(stopped, what, Some((ground, draft)), &mut walks, &mut next, span)
                 }
             };
+            // The engine's copies are closed: a program that closes its own can execute the file that it wrote (ETXTBSY).
             stopped.resume();
             span.end_of(Phase::Resume);
             moved
@@ -206,8 +214,7 @@ pub(super) fn switch(
             other => break other?,
         }
     };
-    let Done { n_processes, n_threads, n_descriptions, given } = done;
-    drop(given);
+    let Done { n_processes, n_threads, n_descriptions } = done;
     Ok(match n_descriptions {
         None => Switched::Unchanged { n_processes, n_threads },
         Some(n_descriptions) => {
@@ -228,8 +235,6 @@ struct Done {
     n_threads: usize,
     /// `None`: there was nothing to do.
     n_descriptions: Option<usize>,
-    /// The engine's copies, to be let go after the stop.
-    given: Option<(Opened, Root)>,
 }
 
 /// From where, in what mounts, to what end; and what was looked up before the stop.
@@ -255,10 +260,10 @@ fn move_all(
         move |source| SwitchError::Failed { what, source }
     };
     let (n_processes, n_threads) = (stopped.processes().len(), stopped.n_threads());
-    let mut take = |stopped: &mut Stopped, clock: &mut Span| -> Result<(), SwitchError> {
+    let mut take = |stopped: &mut Stopped, seals: bool, clock: &mut Span| -> Result<(), SwitchError> {
         let Some((ground, draft)) = &mut taken else { return Ok(()) };
-        let TakingGround { nursery, memory } = ground;
-        let ground = moment::Ground { root: from, init, nursery, memory };
+        let TakingGround { nursery, room, earlier, memory } = ground;
+        let ground = moment::Ground { root: from, init, nursery, room: *room, earlier: *earlier, memory, seals };
         // An earlier attempt may have got further.
         if let Some(old) = draft.replace(Draft::take(stopped, &ground, Ahead::default())?) {
             old.discard();
@@ -267,8 +272,8 @@ fn move_all(
         Ok(())
     };
     let Some(mount) = next().map_err(failed("make the next root"))? else {
-        take(stopped, clock)?;
-        return Ok(Done { n_processes, n_threads, n_descriptions: None, given: None });
+        take(stopped, false, clock)?;
+        return Ok(Done { n_processes, n_threads, n_descriptions: None });
     };
     let to = Root::new(mount).map_err(failed("make the next root"))?;
     let missing = match purpose {
@@ -284,7 +289,7 @@ fn move_all(
             passing: true,
         });
     }
-    take(stopped, clock)?;
+    take(stopped, purpose == Purpose::Freeze, clock)?;
     let mut opened = plan.open(&to, missing)?;
     clock.end_of(Phase::Open);
     let n_descriptions = Some(opened.n_descriptions());
@@ -292,10 +297,10 @@ fn move_all(
     clock.end_of(Phase::Pivot);
     let rebased = opened.commit(stopped, namespace).map_err(SwitchError::from);
     clock.end_of(Phase::Rebase);
-    let sealed = rebased.and_then(|()| seal(namespace, from, purpose));
+    let sealed = rebased.and_then(|()| seal(stopped, namespace, from, purpose));
     clock.end_of(Phase::Seal);
     match sealed {
-        Ok(()) => Ok(Done { n_processes, n_threads, n_descriptions, given: Some((opened, to)) }),
+        Ok(()) => Ok(Done { n_processes, n_threads, n_descriptions }),
         Err(error) => Err(go_back(stopped, namespace, &to, from, error)),
     }
 }
@@ -317,38 +322,39 @@ fn return_all(
     let mount = next().map_err(failed("make the next root"))?;
     let to = mount.ok_or_else(|| failed("make the next root")(io::ErrorKind::NotFound.into()))?;
     let to = Root::new(to).map_err(failed("make the next root"))?;
-    let mut way = Return::prepare(stopped, moment, &to, init)?;
+    let mut way = Return::prepare(stopped, moment, (from, &to), init)?;
     clock.end_of(Phase::Prepare);
     namespace.pivot(from, &to).map_err(failed("pivot"))?;
     clock.end_of(Phase::Pivot);
     // From here on there is no way but on.
-    let mut go = || -> Result<Opened, SwitchError> {
-        way.end(stopped)?;
-        clock.end_of(Phase::Kill);
+    let ended = way.end(stopped).map_err(SwitchError::from);
+    clock.end_of(Phase::Kill);
+    let mut restore = |stopped: &mut Stopped, way: &mut Return<'_>| -> Result<(), SwitchError> {
         way.restore(stopped, from.dev(), &to, live)?;
         clock.end_of(Phase::Restore);
         let mut opened = Plan::of_mappings(stopped, from, &way.staying())?.open(&to, Missing::Left)?;
         opened.commit(stopped, namespace)?;
         clock.end_of(Phase::Rebase);
-        Ok(opened)
+        Ok(())
     };
-    let went = go();
+    let went = ended.and_then(|()| restore(stopped, &mut way)).or_else(|error| {
+        tracing::warn!(%error, "its processes cannot come back as they are: all are made anew");
+        way.begin_anew(stopped, (from, &to), init)?;
+        restore(stopped, &mut way)
+    });
     let back = way.plan().back.iter().map(|(identity, how)| Back { inside: identity.inside, how: *how }).collect();
-    *outcome = Outcome { back, made: way.made().to_vec(), streams: way.take_streams(), lost: None };
+    let (made, born, streams) = (way.made().to_vec(), stopped.take_born(), way.take_streams());
+    *outcome = Outcome { back, made, born, streams, lost: None };
     let (n_processes, n_threads) = (stopped.processes().len(), stopped.n_threads());
     let n_descriptions = Some(moment.held().n_descriptions());
-    let given = match went {
-        Ok(opened) => Some((opened, to)),
-        Err(error) => {
-            // Half of the one state and half of the other must not run.
-            for process in stopped.processes() {
-                let _ = kill(Pid::from_raw(process.pid), Signal::SIGKILL);
-            }
-            outcome.lost = Some(error.to_string());
-            None
+    if let Err(error) = went {
+        // Half of the one state and half of the other must not run.
+        for process in stopped.processes() {
+            let _ = kill(Pid::from_raw(process.pid), Signal::SIGKILL);
         }
-    };
-    Ok(Done { n_processes, n_threads, n_descriptions, given })
+        outcome.lost = Some(error.to_string());
+    }
+    Ok(Done { n_processes, n_threads, n_descriptions })
 }
 
 /// Finishes, or undoes, what an engine that died in the middle of a switch has left: all processes are on init's root
@@ -377,7 +383,7 @@ pub(super) fn finish(init: pid_t, group: &Path, purpose: Purpose, deadline: Inst
     })?
 }
 
-fn seal(namespace: &Namespace, from: &Root, purpose: Purpose) -> Result<(), SwitchError> {
+fn seal(stopped: &Stopped, namespace: &Namespace, from: &Root, purpose: Purpose) -> Result<(), SwitchError> {
     let failed = |source| SwitchError::Failed { what: "seal the old root".to_owned(), source };
     if purpose == Purpose::Discard {
         return Ok(());
@@ -385,6 +391,13 @@ fn seal(namespace: &Namespace, from: &Root, purpose: Purpose) -> Result<(), Swit
     crate::fault::point("switch.seal").map_err(failed)?;
     if namespace.seal(from).map_err(failed)? {
         return Ok(());
+    }
+    if let Some(refusal) = find_private_writer(stopped, from) {
+        return Err(SwitchError::Refused {
+            why: refusal.to_string(),
+            hint: "its programs run on; have it opened read-only, which is enough for a private mapping".to_owned(),
+            passing: false,
+        });
     }
     Err(SwitchError::Refused {
         why: "something outside of its processes can still write to its files".to_owned(),
@@ -422,9 +435,16 @@ impl From<StopError> for SwitchError {
 
 impl From<MomentError> for SwitchError {
     fn from(error: MomentError) -> Self {
-        let hint = "its programs run on; close that, or end the process".to_owned();
+        let hint = match error {
+            MomentError::Room { .. } => {
+                "its programs run on; remove checkpoints that are not needed, or give more room: \
+                                         `create --pool-templates`, `serve --pool-templates`"
+            }
+            _ => "its programs run on; close that, or end the process",
+        };
+        let hint = hint.to_owned();
         match error {
-            error if error.is_refusal() => Self::Refused { why: error.to_string(), hint, passing: false },
+            error if error.is_refusal() => Self::Refused { why: error.to_string(), hint, passing: error.is_passing() },
             other => {
                 Self::Failed { what: "take or bring back its processes".to_owned(), source: io::Error::other(other) }
             }

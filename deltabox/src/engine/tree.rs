@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Error;
 use super::api::{CheckpointReport, PhaseTime};
+use super::command::Tag;
 use crate::deltafs::layer::{LayerId, RootLook};
 use crate::sandbox::SandboxId;
 use crate::sandbox::spec::parse_name;
@@ -84,6 +85,9 @@ pub(super) struct Checkpoint {
     /// Memory of the processes that is theirs, not of files; 0 without processes.
     #[serde(default)]
     pub(super) memory_bytes: u64,
+    /// Commands that ran, by PID inside.
+    #[serde(default)]
+    pub(super) commands: BTreeMap<u32, Tag>,
 }
 
 /// What was measured.
@@ -132,6 +136,7 @@ impl Checkpoint {
             n_threads,
             n_descriptions,
             memory_bytes,
+            commands: BTreeMap::new(),
         }
     }
 

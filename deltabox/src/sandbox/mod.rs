@@ -3,15 +3,18 @@
 //! Owns how a sandbox comes to life around a root file system that it is given, how commands are
 //! started in it, and how it ends. Does not know layers, checkpoints, or the store.
 
+pub mod backstage;
 pub mod cgroup;
+pub mod cover;
 pub mod filter;
 pub mod idmap;
 pub mod link;
+pub mod reserve;
 pub mod root;
 pub mod spawn;
 pub mod spec;
 
-pub use spec::{BaseRef, Limits, Net, SandboxId, SandboxSpec};
+pub use spec::{BaseRef, Limits, Net, PoolBounds, SandboxId, SandboxSpec};
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};

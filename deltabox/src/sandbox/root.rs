@@ -10,7 +10,7 @@
 //! itself. The old overlay stays in the tree until it is sealed and detached: only there can it be turned read-only.
 //! No program reaches it: the directory above belongs to the host's root.
 //!
-//! Nothing here may run while programs of the sandbox do, but for [`Namespace::detach`].
+//! Nothing here may run while programs of the sandbox do, but for [`Namespace::detach`] and [`Door`].
 
 use std::ffi::CString;
 use std::fs;
@@ -110,9 +110,33 @@ impl AsFd for Root {
 /// The mount namespace of a sandbox.
 #[derive(Debug)]
 pub struct Namespace {
+    door: Door,
+    submounts: Vec<Submount>,
+}
+
+/// The way into a mount namespace and back.
+#[derive(Debug)]
+pub struct Door {
     inside: OwnedFd,
     outside: OwnedFd,
-    submounts: Vec<Submount>,
+}
+
+impl Door {
+    /// To that of process `pid`.
+    pub fn of(pid: pid_t) -> io::Result<Self> {
+        let inside = fs::File::open(format!("/proc/{pid}/ns/mnt"))?.into();
+        let outside = fs::File::open("/proc/thread-self/ns/mnt")?.into();
+        Ok(Self { inside, outside })
+    }
+
+    /// Runs `work` inside. The calling thread never again shares root and working directory with others.
+    pub fn visit<R>(&self, work: impl FnOnce() -> io::Result<R>) -> io::Result<R> {
+        nix::sched::unshare(CloneFlags::CLONE_FS)?;
+        nix::sched::setns(&self.inside, CloneFlags::CLONE_NEWNS)?;
+        let result = work();
+        nix::sched::setns(&self.outside, CloneFlags::CLONE_NEWNS)?;
+        result
+    }
 }
 
 /// What is mounted directly on the root.
@@ -138,9 +162,7 @@ impl Namespace {
             Ok(Submount { at, mount: is_mount.then_some(mount) })
         };
         let submounts = submounts.into_iter().map(open).collect::<io::Result<_>>()?;
-        let inside = fs::File::open(format!("/proc/{pid}/ns/mnt"))?.into();
-        let outside = fs::File::open("/proc/thread-self/ns/mnt")?.into();
-        Ok(Self { inside, outside, submounts })
+        Ok(Self { door: Door::of(pid)?, submounts })
     }
 
     /// Looks up where the mounts on the root will sit in a next root, for [`Namespace::pivot`] not to: that takes
@@ -216,13 +238,9 @@ impl Namespace {
         self.visit(|| detach(root))
     }
 
-    /// Runs `work` inside. The calling thread never again shares root and working directory with others.
+    /// [`Door::visit`].
     pub fn visit<R>(&self, work: impl FnOnce() -> io::Result<R>) -> io::Result<R> {
-        nix::sched::unshare(CloneFlags::CLONE_FS)?;
-        nix::sched::setns(&self.inside, CloneFlags::CLONE_NEWNS)?;
-        let result = work();
-        nix::sched::setns(&self.outside, CloneFlags::CLONE_NEWNS)?;
-        result
+        self.door.visit(work)
     }
 }
 

@@ -21,8 +21,10 @@ use deltabox_common::init::{Boot, FromInit, ToInit};
 use nix::fcntl::SealFlag;
 use nix::sys::memfd::MFdFlags;
 
+use super::backstage::Backstage;
 use super::cgroup::{CgroupError, Cgroups};
 use super::link::InitLink;
+use super::reserve::PROGRAMS_END;
 use super::{Net, SandboxId, filter, idmap};
 use crate::latency::{Phase, Span};
 use crate::sys::process::{self, Child, CloneRequest, Program};
@@ -32,9 +34,6 @@ static INIT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/deltabox-init"));
 
 /// How long init may take to set up its sandbox (chosen: a thousand times the usual).
 const BOOT_DEADLINE: Duration = Duration::from_secs(20);
-
-/// PIDs of a sandbox stay below this; templates will get theirs from above it.
-pub const PID_MAX: u32 = 1 << 20;
 
 /// What a sandbox is made of, prepared by the caller.
 #[derive(Debug)]
@@ -62,6 +61,8 @@ pub struct Spawned {
     pub init: Child,
     /// The connection to it.
     pub link: InitLink,
+    /// Where its templates will be.
+    pub backstage: Backstage,
 }
 
 /// Why a sandbox did not come to life. What was started has been killed.
@@ -143,7 +144,7 @@ fn boot(link: &mut InitLink, parts: Parts<'_>) -> Result<(), SpawnError> {
     let message = ToInit::Boot(Boot {
         hostname: parts.id.to_string(),
         host_net,
-        pid_max: PID_MAX,
+        pid_max: PROGRAMS_END.cast_unsigned(),
         caps: filter::capabilities(),
         filter: filter::program(),
         binds: parts.binds.iter().map(|(path, _)| path.clone()).collect(),
@@ -166,16 +167,16 @@ impl Newborn {
     }
 
     fn ready(mut self, mut link: InitLink) -> Result<Spawned, SpawnError> {
-        match link.recv(Instant::now() + BOOT_DEADLINE) {
-            Ok((FromInit::Ready, _)) => {}
+        let backstage = match link.recv(Instant::now() + BOOT_DEADLINE) {
+            Ok((FromInit::Ready, fds)) => Backstage::new(self.pid(), fds).map_err(call("go behind its programs"))?,
             Ok((FromInit::BootFailed { step, errno }, _)) => {
                 return Err(SpawnError::Boot { step, source: io::Error::from_raw_os_error(errno) });
             }
             Ok((other, _)) => return Err(SpawnError::NotReady { why: format!("it said {other:?}") }),
             Err(error) => return Err(SpawnError::NotReady { why: self.epitaph(&error) }),
-        }
+        };
         match self.init.take() {
-            Some(init) => Ok(Spawned { init, link }),
+            Some(init) => Ok(Spawned { init, link, backstage }),
             None => Err(SpawnError::NotReady { why: "taken twice".to_owned() }),
         }
     }

@@ -126,6 +126,15 @@ pub struct Limits {
     pub n_pids: Option<u64>,
 }
 
+/// What templates may take at most; `None` is no bound.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PoolBounds {
+    /// How many.
+    pub n_templates: Option<usize>,
+    /// Their memory, bytes (PSS).
+    pub bytes: Option<u64>,
+}
+
 /// Everything `create` is told about a sandbox apart from its name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct SandboxSpec {
@@ -144,12 +153,15 @@ pub struct SandboxSpec {
     /// Layers are merged in the background when a stack has more than this many (2 to 480).
     #[serde(default = "default_merge_above")]
     pub merge_above: usize,
+    /// What the templates of its checkpoints may take.
+    #[serde(default)]
+    pub pool: PoolBounds,
 }
 
 impl Default for SandboxSpec {
     fn default() -> Self {
-        let (base, net, limits, env) = Default::default();
-        Self { base, net, limits, env, merge_above: default_merge_above() }
+        let (base, net, limits, env, pool) = Default::default();
+        Self { base, net, limits, env, merge_above: default_merge_above(), pool }
     }
 }
 

@@ -21,6 +21,14 @@ pub fn n_readable(fd: BorrowedFd<'_>) -> io::Result<usize> {
     usize::try_from(n).map_err(io::Error::other)
 }
 
+/// Bytes that a socket has sent and that are not read yet, with the kernel's overhead (TIOCOUTQ).
+pub fn n_unsent(fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut n: libc::c_int = 0;
+    // SAFETY: writes one int, which lives through the call.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut n) }.into())?;
+    usize::try_from(n).map_err(io::Error::other)
+}
+
 /// Where an epoll instance has a target.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]

@@ -17,3 +17,21 @@ pub fn name_of(socket: BorrowedFd<'_>) -> io::Result<Option<OwnedFd>> {
         error => Err(error),
     }
 }
+
+/// What getsockopt(2) tells of an option of `SOL_SOCKET`, in at most 16 bytes.
+pub fn option(socket: BorrowedFd<'_>, name: libc::c_int) -> io::Result<Vec<u8>> {
+    let mut value = [0_u8; 16];
+    let mut len: libc::socklen_t = 16;
+    let (at, len_at) = (value.as_mut_ptr().cast(), &raw mut len);
+    // SAFETY: `value` has room for `len` bytes, and both live through the call.
+    super::check(unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, name, at, len_at) }.into())?;
+    Ok(value[..usize::try_from(len).map_err(io::Error::other)?.min(16)].to_vec())
+}
+
+/// Sets an option of `SOL_SOCKET`, to bytes as [`option`] tells them.
+pub fn set_option(socket: BorrowedFd<'_>, name: libc::c_int, value: &[u8]) -> io::Result<()> {
+    let len = libc::socklen_t::try_from(value.len()).map_err(io::Error::other)?;
+    // SAFETY: the kernel reads `len` bytes of `value`, which lives through the call.
+    let set = unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, name, value.as_ptr().cast(), len) };
+    super::check(set.into()).map(drop)
+}

@@ -164,6 +164,8 @@ static void begin(void) {
     if (has("unforked")) { unforked = map(8 * PAGE, MAP_PRIVATE); fill(unforked, 8 * PAGE, 6); madvise(unforked, 8 * PAGE, MADV_DONTFORK); }
     if (has("wiped")) { wiped = map(8 * PAGE, MAP_PRIVATE); fill(wiped, 8 * PAGE, 7); madvise(wiped, 8 * PAGE, MADV_WIPEONFORK); }
     if (has("both")) { unforked = map(8 * PAGE, MAP_PRIVATE); fill(unforked, 8 * PAGE, 6); madvise(unforked, 8 * PAGE, MADV_DONTFORK); madvise(unforked, 8 * PAGE, MADV_WIPEONFORK); }
+    // As many pieces as the memory of a big JavaScript program has.
+    if (has("patchy")) { unforked = map(800 * PAGE, MAP_PRIVATE); fill(unforked, 800 * PAGE, 6); for (int n = 0; n < 800; n += 2) madvise(unforked + n * PAGE, PAGE, MADV_DONTFORK); }
     if (has("shared")) { shared = map(8 * PAGE, MAP_SHARED); fill(shared, 8 * PAGE, 8); }
     if (has("moved")) {
         moved = map(16 * PAGE, MAP_PRIVATE);
@@ -210,6 +212,7 @@ static void change(void) {
     if (has("locked")) { memset(locked, 1, PAGE); munlock(locked, 8 * PAGE); }
     if (has("guard")) { mprotect(guard, 6 * PAGE, PROT_READ | PROT_WRITE); memset(guard, 1, 6 * PAGE); mprotect(guard + 5 * PAGE, PAGE, PROT_NONE); }
     if (has("unforked") || has("both")) { memset(unforked, 1, PAGE); madvise(unforked, 4 * PAGE, MADV_DOFORK); }
+    if (has("patchy")) { memset(unforked, 1, 20 * PAGE); madvise(unforked, 400 * PAGE, MADV_DOFORK); }
     if (has("wiped")) { memset(wiped, 1, PAGE); madvise(wiped, 4 * PAGE, MADV_KEEPONFORK); }
     if (has("moved")) {
         char *other = mremap(moved, 8 * PAGE, 12 * PAGE, MREMAP_MAYMOVE);
@@ -252,6 +255,7 @@ static const char *compare(void) {
         mprotect(guard, 3 * PAGE, PROT_NONE); mprotect(guard + 3 * PAGE, PAGE, PROT_READ);
     }
     if (has("unforked") && !(holds(unforked, 8 * PAGE, 6) && flagged(unforked, " dc"))) return "unforked";
+    if (has("patchy") && !(holds(unforked, 800 * PAGE, 6) && flagged(unforked, " dc") && flagged(unforked + 600 * PAGE, " dc"))) return "patchy";
     if (has("both") && !(holds(unforked, 8 * PAGE, 6) && flagged(unforked, " dc") && flagged(unforked, " wf"))) return "both";
     if (has("wiped") && !(holds(wiped, 8 * PAGE, 7) && flagged(wiped, " wf"))) return "wiped";
     if (has("shared") && !holds(shared, 8 * PAGE, 8)) return "shared";

@@ -200,8 +200,8 @@ fn another_process_becomes_what_its_model_was() {
     let bad = tell(&mut other, b'c');
     assert!(bad.starts_with("bad"), "{bad}");
     let pid = second_inside(&other);
-    person.can_be_rebuilt(&read(&other, pid), 1).expect("it has more");
-    let back = read(&other, pid).can_be_rebuilt(&person, 1).expect_err("it has less");
+    person.can_be_made_by(&read(&other, pid), 1).expect("it has more");
+    let back = read(&other, pid).can_be_made_by(&person, 1).expect_err("it has less");
     assert_eq!(back.what, "the bound of capabilities");
     if let Err(error) = put_back(&other, pid, &person) {
         panic!("{error}");
@@ -255,11 +255,11 @@ fn judgement_and_way_back_agree_about_credentials_changed_at_random() {
 fn filters_of_its_own_are_not_made_again_by_another_parent() {
     let (mut target, pid) = start("gone-filter", Where::Sandbox);
     let (before, with_init) = (read(&target, pid), 1);
-    before.can_be_rebuilt(&before, with_init).expect("no filter but init's");
+    before.can_be_made_by(&before, with_init).expect("no filter but init's");
     assert_eq!(tell(&mut target, b'm'), "ok");
     let after = read(&target, pid);
     after.can_be_put_back(&after).expect("the same process");
-    let impossible = after.can_be_rebuilt(&after, with_init).expect_err("a filter of its own");
+    let impossible = after.can_be_made_by(&after, with_init).expect_err("a filter of its own");
     assert_eq!(impossible.what, "the number of filters");
 }
 
@@ -288,9 +288,9 @@ fn a_process_whose_first_thread_has_ended_is_read_by_another() {
         std::thread::yield_now();
     }
     let person = read(&target, pid);
-    assert_eq!(person.exit_signal(), libc::SIGCHLD);
     let written = serde_json::to_value(&person).expect("a record");
     assert_eq!(written["pid"], pid);
+    assert_eq!(written["membership"]["exit_signal"], libc::SIGCHLD);
     assert_eq!(written["threads"].as_array().expect("threads").len(), 1);
     assert_ne!(written["threads"][0]["tid"], pid);
     put_back(&target, pid, &person).expect("nothing to do");

@@ -78,7 +78,8 @@ fn fork(group: &Path, point: &Point) -> Result<(libc::pid_t, Voice), TemplateErr
     let stop = Stop { group, excluded: &[], deadline: Instant::now() + PATIENCE };
     let source = Source::of(&point.template).expect("pages");
     let pid = while_stopped(stop, |stopped| {
-        let pid = restore_by_fork(stopped, &point.template, &past(&point.memory, &source, &point.threads), group)?;
+        let pid =
+            restore_by_fork(stopped, &point.template, &past(&point.memory, &source, &point.threads), None, group)?;
         assert!(stopped.processes().iter().any(|process| process.pid == pid));
         assert_eq!(stopped.processes().len(), 1, "the template is let go");
         assert_eq!(fs::read_dir(format!("/proc/{pid}/fd")).expect("descriptors").count(), 0);
@@ -201,7 +202,7 @@ fn a_program_that_lives_still_is_not_made_twice() {
     let group = subject.0.group.0.clone();
     let error = subject.0.group.stopped(|stopped| {
         let past = past(&point.memory, &source, &point.threads);
-        let error = restore_by_fork(stopped, &point.template, &past, &group).expect_err("a second one");
+        let error = restore_by_fork(stopped, &point.template, &past, None, &group).expect_err("a second one");
         assert_eq!(stopped.processes().len(), 1);
         error
     });
@@ -235,7 +236,7 @@ fn a_lost_template_is_told() {
     let group = subject.0.group.0.clone();
     let error = subject.0.group.stopped(|stopped| {
         let past = past(&point.memory, &source, &point.threads);
-        restore_by_fork(stopped, &point.template, &past, &group).expect_err("a process")
+        restore_by_fork(stopped, &point.template, &past, None, &group).expect_err("a process")
     });
     let pid = point.template.pid();
     assert!(
@@ -260,15 +261,19 @@ fn engine_that_will_be_killed() {
     let source = Source::of(&template).expect("pages");
     let stop = Stop { group, excluded: &[], deadline: Instant::now() + PATIENCE };
     println!("engine begins");
-    let made =
-        while_stopped(stop, |stopped| restore_by_fork(stopped, &template, &past(&memory, &source, &threads), group));
+    let made = while_stopped(stop, |stopped| {
+        restore_by_fork(stopped, &template, &past(&memory, &source, &threads), None, group)
+    });
     made.expect("stop").expect("a process");
 }
 
+/// Whether it has SIGKILL to come, or is on its way out (PF_EXITING, PF_SIGNALED).
 fn is_being_killed(pid: libc::pid_t) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
     let pending = status.lines().find_map(|line| line.strip_prefix("SigPnd:\t"));
-    pending.is_none_or(|set| u64::from_str_radix(set, 16).expect("a set") & 1 << (libc::SIGKILL - 1) != 0)
+    let flags: u64 = stat_field(pid, 9).parse().expect("flags");
+    flags & 0x404 != 0
+        || pending.is_none_or(|set| u64::from_str_radix(set, 16).expect("a set") & 1 << (libc::SIGKILL - 1) != 0)
 }
 
 /// A program that was killed, and its records in a file.
@@ -301,8 +306,8 @@ impl Ended {
         command
     }
 
-    /// Waits until all of the group that can end has ended: it is reaped. Whether the template lives.
-    fn settle(&self) -> bool {
+    /// Waits until all of the group that can end has ended: it is reaped. Whether the template lives, which may be expected.
+    fn settle(&self, expected: Option<bool>) -> bool {
         let template = self.point.template.pid();
         let end = Instant::now() + PATIENCE;
         loop {
@@ -311,12 +316,9 @@ impl Ended {
             let state = fs::read_to_string(self.point.template.freezer().path().join("cgroup.freeze")).expect("state");
             let lives = self.point.template.lives().expect("ask");
             // The engine's end may have killed it a moment ago.
-            if lives && is_being_killed(template) {
-                std::thread::yield_now();
-                continue;
-            }
+            let ends = lives && (expected == Some(false) || is_being_killed(template));
             // Frozen, or dead: it must come to that by itself.
-            if is_gone && (!lives || state.trim() == "1") {
+            if is_gone && !ends && (!lives || state.trim() == "1") {
                 if lives {
                     is_at_rest(&self.point.template);
                 } else {
@@ -355,7 +357,7 @@ fn is_frozen_or_dead_after(point: &str, action: &str, lives: bool) {
     let signal = std::os::unix::process::ExitStatusExt::signal(&status);
     assert_eq!(signal, (action == "kill").then_some(9), "{point}: the engine ended with {status}");
     assert!(!status.success(), "nothing happened to the engine");
-    assert_eq!(ended.settle(), lives, "{point}:{action}");
+    assert_eq!(ended.settle(Some(lives)), lives, "{point}:{action}");
     ended.end(lives);
 }
 
@@ -396,7 +398,7 @@ fn templates_survive_or_die_but_never_run_when_engines_are_killed_at_any_moment(
         engine.kill().expect("kill the engine");
         engine.wait().expect("reap the engine");
         // A whole process runs on; without descriptors it ends itself.
-        let lives = ended.settle();
+        let lives = ended.settle(None);
         n_lived += usize::from(lives);
         ended.end(lives);
     }

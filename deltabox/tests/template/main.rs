@@ -6,6 +6,7 @@ mod forked;
 mod killed;
 mod made;
 mod measured;
+mod rebuilt;
 mod restored;
 #[path = "../stop_inject/target.rs"]
 #[expect(dead_code, reason = "some of it is for tests of stops alone")]
@@ -14,10 +15,12 @@ mod threads;
 
 use std::fs;
 use std::os::unix::fs::FileExt;
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use deltabox::deltacr::stop::Stopped;
 use deltabox::deltacr::template::{Freezer, Mapping, Memory, Outline, Request, Template, TemplateError, read_smaps};
+use nix::errno::Errno;
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 
@@ -125,7 +128,17 @@ pub(crate) fn remove(template: Template) {
 }
 
 pub(crate) fn reap(pid: libc::pid_t) {
-    waitpid(Pid::from_raw(pid), Some(WaitPidFlag::__WALL)).expect("reap a template");
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let reaped = waitpid(Pid::from_raw(pid), Some(WaitPidFlag::__WALL));
+        // The helper of an engine that was killed is its parent as long as it lives; then this process is.
+        let is_the_helpers = reaped == Err(Errno::ECHILD) && Path::new(&format!("/proc/{pid}")).exists();
+        if !is_the_helpers || Instant::now() >= end {
+            reaped.expect("reap a template");
+            return;
+        }
+        std::thread::yield_now();
+    }
 }
 
 /// What `smaps` tells, without the counts: those change by looking.

@@ -103,8 +103,11 @@ os.write(f, b'p'); os.pread(f, 100, 0).decode()";
 fn what_a_checkpoint_cannot_hold_is_refused_by_name() {
     let Some((host, mut worker)) = start() else { return };
     for (make, name) in [
-        ("import socket; made = socket.socketpair()", "a socket (socket:["),
-        ("made = open('/srv/x', 'w'); os.unlink('/srv/x')", "/srv/x (deleted)"),
+        ("import socket; made = socket.socket(socket.AF_INET)", "a socket (socket:["),
+        (
+            "import ctypes; made = os.fdopen(ctypes.CDLL(None).inotify_init(), 'rb', buffering=0)",
+            "an inotify instance (anon_inode:inotify)",
+        ),
     ] {
         worker.ask(make);
         let refused = refusal(&host);

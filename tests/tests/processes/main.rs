@@ -1,11 +1,20 @@
 //! Whole sandboxes: files and processes go back together, and the programs themselves confirm it.
 
+mod crowd;
 mod descriptors;
+mod families;
 mod faults;
+mod fifos;
+mod hidden;
+mod leaks;
+mod measured;
 mod memory;
+mod pool;
 mod real;
+mod sockets;
 mod terminals;
 mod trees;
+mod unlinked;
 
 use deltabox_tests::Host;
 use serde_json::Value;

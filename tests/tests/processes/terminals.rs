@@ -133,7 +133,7 @@ fn a_shell_that_has_ended_is_made_again_on_a_terminal_that_nobody_sees() {
     assert_eq!(how, [json!("in place"), json!("fork")], "{report}");
     // It has a terminal, and is in front there.
     let look = "import subprocess
-pid = [p for p in os.listdir('/proc') if p.isdigit() and open(f'/proc/{p}/comm').read() == 'bash\\n'][0]
+pid = [p for p in os.listdir('/proc') if p.isdigit() and os.path.exists(f'/proc/{p}/comm') and open(f'/proc/{p}/comm').read() == 'bash\\n'][0]
 stat = open(f'/proc/{pid}/stat').read().rsplit(')', 1)[1].split()
 [os.readlink(f'/proc/{pid}/fd/0'), stat[4] != '0', stat[5] == pid]";
     assert_eq!(worker.ask(look), json!(["/dev/pts/0", true, true]));

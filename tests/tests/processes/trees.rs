@@ -1,8 +1,8 @@
 //! Processes that come and go.
 
 use deltabox_tests::worker::Worker;
-use deltabox_tests::{Host, skipped_without_root};
-use serde_json::json;
+use deltabox_tests::{Host, skipped_without_root, wait_within};
+use serde_json::{Value, json};
 
 use crate::{checkpoint, roll_back};
 
@@ -79,10 +79,14 @@ fn templates_go_with_their_checkpoints_and_nothing_stays() {
         let names = std::fs::read_dir(&group).expect("the cgroup").map(|entry| entry.expect("an entry").file_name());
         names.filter(|name| name.to_string_lossy().starts_with('t')).count()
     };
-    let ids: Vec<_> = (0..3).map(|_| checkpoint(&host)).collect();
+    let change_and_keep = |n| {
+        worker.ask(&format!("n = {n}"));
+        checkpoint(&host)
+    };
+    let ids: Vec<_> = (0..3).map(change_and_keep).collect();
     assert_eq!(n_templates(), 3);
     host.cli(["rm", &format!("box@{}", ids[1])]).ok();
-    deltabox_tests::wait_within(10, "a template is gone", || n_templates() == 2);
+    wait_within(10, "a template is gone", || n_templates() == 2);
     roll_back(&host, &ids[0]);
     roll_back(&host, &ids[2]);
     assert_eq!(worker.ask("1"), json!(1));
@@ -159,6 +163,7 @@ def run():
     global count
     while not stop.wait(0.001): count += 1
 thread = threading.Thread(target=run); thread.start()
+while not count: time.sleep(0.001)
 held = open('/srv/held', 'w+'); held.write('held'); held.flush()
 while not os.path.exists('/srv/end'):
     if os.path.exists('/srv/ask'):
@@ -181,33 +186,67 @@ answer";
     let listed = |how: &str| json!({"pid": pid.parse::<u32>().expect("a pid"), "how": how});
     for _ in 0..3 {
         worker.ask("open('/srv/end', 'w').close()");
-        deltabox_tests::wait_within(30, "the command has ended", || {
+        wait_within(30, "the command has ended", || {
             host.cli(["--json", "ps", "box"]).json()["processes"].as_array().expect("processes").len() == 2
         });
         let report = roll_back(&host, &id);
         assert!(report["processes"].as_array().expect("processes").contains(&listed("fork")), "{report}");
         assert_eq!(worker.ask(ask), expected);
+        assert_eq!(exit_of(&host, &pid), json!(null), "it runs, and is listed");
         // It lives again: from now on in place.
         let report = roll_back(&host, &id);
         assert!(report["processes"].as_array().expect("processes").contains(&listed("in place")), "{report}");
         assert_eq!(worker.ask(ask), expected);
     }
     worker.ask("open('/srv/end', 'w').close()");
-    deltabox_tests::wait_within(30, "its last words are in its log", || {
+    wait_within(30, "its last words are in its log", || {
         host.cli(["logs", "box", &pid]).stdout.lines().filter(|line| *line == "ends").count() >= 2
     });
+    wait_within(30, "its end is told", || exit_of(&host, &pid)["status"] == json!(0));
     assert!(worker.end().success());
 }
 
+/// How a command has ended; null as long as it runs.
+fn exit_of(host: &Host, pid: &str) -> Value {
+    let execs = host.cli(["--json", "inspect", "box"]).json()["execs"].clone();
+    let number: u32 = pid.parse().expect("a number");
+    let found = execs.as_array().expect("execs").iter().find(|exec| exec["pid"] == number);
+    assert!(found.is_some(), "{pid} is not in {execs}");
+    found.map(|exec| exec["exit"].clone()).unwrap_or_default()
+}
+
 #[test]
-fn a_process_whose_parent_has_ended_is_missing_and_the_rollback_is_refused() {
+fn a_command_that_is_made_again_keeps_its_client_and_the_client_is_told_how_it_ends() {
     let Some((host, mut worker)) = start() else { return };
-    worker.ask("import subprocess; child = subprocess.Popen(['sleep', '1000']); n = 1");
+    let pid = worker.ask("n = 1; os.getpid()");
     let id = checkpoint(&host);
-    worker.ask("child.kill(); child.wait(); n = 2");
-    let refused = host.cli(["--json", "rollback", "box", &id]);
-    assert_eq!(refused.code(), 3);
-    assert!(refused.error()["message"].as_str().expect("a message").contains("has ended since"));
-    assert_eq!(worker.ask("n"), json!(2));
+    for round in 0..3 {
+        // What it has given up for good it gets back only when it is made again.
+        worker.ask("n = 2; os.setresuid(1000, 1000, 1000)");
+        let report = roll_back(&host, &id);
+        assert_eq!(report["processes"], json!([{"pid": pid, "how": "fork"}]), "round {round}");
+        assert_eq!(worker.ask("[n, os.getuid(), os.getpid()]"), json!([1, 0, pid]));
+        assert_eq!(exit_of(&host, &pid.to_string()), json!(null));
+    }
+    // Signals of its client reach it.
+    worker.tell("os._exit(7)");
+    assert_eq!(worker.wait().code(), Some(7));
+}
+
+#[test]
+fn a_daemon_that_is_killed_finds_commands_that_were_made_again() {
+    let Some((mut host, mut worker)) = start() else { return };
+    let pid = host.cli(["exec", "-d", "box", "--", "sh", "-c", "while :; do sleep 0.01; done"]).ok();
+    let id = checkpoint(&host);
+    host.cli(["exec", "box", "--", "kill", "-9", &pid]).ok();
+    wait_within(30, "it has ended", || exit_of(&host, &pid) != json!(null));
+    worker.ask("os.setresuid(1000, 1000, 1000)");
+    roll_back(&host, &id);
+    host.end_daemon(nix::sys::signal::Signal::SIGKILL);
+    host.start_daemon();
+    assert_eq!(exit_of(&host, &pid), json!(null));
+    assert_eq!(worker.ask("os.getuid()"), json!(0));
+    host.cli(["exec", "box", "--", "kill", "-15", &pid]).ok();
+    wait_within(30, "its end is told", || exit_of(&host, &pid)["signal"] == json!(15));
     assert!(worker.end().success());
 }

@@ -19,8 +19,7 @@ const SUITE: &str = "trixie";
 
 /// Where CRIU 4 is: ours, or the system's when it is new enough.
 pub(super) fn check(workspace: &Workspace) -> Result<String, String> {
-    let ours = prefix(workspace).join("criu");
-    let Some(program) = ours.is_file().then_some(ours).or_else(|| workspace::find_program("criu")) else {
+    let Some(program) = find(workspace).or_else(|| workspace::find_program("criu")) else {
         return Err("not on PATH and not in the target directory".to_owned());
     };
     let version = probe::run(&program, &["--version"])?;
@@ -28,6 +27,11 @@ pub(super) fn check(workspace: &Workspace) -> Result<String, String> {
         Some(4..) => Ok(format!("{version} ({})", program.display())),
         _ => Err(format!("{}: `{version}`, 4 is needed", program.display())),
     }
+}
+
+/// Our own, if it is there.
+pub(crate) fn find(workspace: &Workspace) -> Option<PathBuf> {
+    Some(prefix(workspace).join("criu")).filter(|path| path.is_file())
 }
 
 /// The major number in `Version: 4.1.1`.

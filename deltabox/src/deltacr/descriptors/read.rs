@@ -7,24 +7,25 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 
 use libc::pid_t;
-use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl, readlinkat};
 
+use super::file::{self, gone};
+use super::sockets;
 use super::terminals::Terminals;
-use super::{Cwd, Description, DescriptorError, DescriptorRefusal, Held, Reading, Seat, Slot, What};
+use super::{Cwd, DELETED, Description, DescriptorError, DescriptorRefusal, Held, Reading, Seat, Slot, What};
 use crate::deltacr::fdinfo::{FdInfo, Lock, Owner};
 use crate::deltacr::objects::{
     Epoll, Eventfd, Holder, ObjectError, ObjectKind, Pidfd, Pipe, Settings, Signalfd, Spare, Timerfd, kind_of,
     leads_out,
 };
 use crate::deltacr::place::Place;
+use crate::deltacr::shared;
 use crate::deltacr::stop::{Process, Stopped};
 use crate::deltacr::table::{Ahead, Table, Tables, search, unshared};
 use crate::deltacr::tasks::{pid_depth, pid_inside};
-use crate::deltacr::{position, shared};
 use crate::sandbox::root::Root;
 use crate::sys::process::{Compared, compare};
-use crate::sys::stat::{stat, stat_at};
+use crate::sys::stat::{Stat, stat, stat_at};
 
 impl Held {
     /// Reads what all stopped processes hold, whose root is `root`; and the memory that some of it leads to. `init` is
@@ -51,18 +52,27 @@ impl Held {
 type Found = (pid_t, i32, usize);
 
 /// A description as it was met first.
-struct Raw {
-    pid: pid_t,
-    number: i32,
-    kind: ObjectKind,
-    link: Vec<u8>,
-    info: FdInfo,
+pub(super) struct Raw {
+    pub(super) pid: pid_t,
+    pub(super) number: i32,
+    pub(super) kind: ObjectKind,
+    pub(super) link: Vec<u8>,
+    pub(super) info: FdInfo,
     /// fdinfo as it is, of what is no file.
-    text: String,
-    /// The engine's, of what has to be looked at.
-    copy: Option<OwnedFd>,
+    pub(super) text: String,
+    /// The engine's.
+    pub(super) copy: OwnedFd,
+    /// Of a file.
+    pub(super) look: Option<Stat>,
     /// Tasks that have it: host TID, number, and the process's PID inside.
-    holders: Vec<(pid_t, i32, pid_t)>,
+    pub(super) holders: Vec<(pid_t, i32, pid_t)>,
+}
+
+impl Raw {
+    /// Those of the description.
+    pub(super) fn locks(&self) -> Vec<Lock> {
+        self.info.locks.iter().copied().filter(|lock| lock.owner != Owner::Process).collect()
+    }
 }
 
 struct Reader<'a> {
@@ -105,9 +115,16 @@ impl Reader<'_> {
 
     fn cwd(&self, table: &Table) -> io::Result<Cwd> {
         Ok(match Place::behind(self.root, table.task(), c"cwd")? {
-            Some(Place { unlinked: true, .. }) => Cwd::Gone,
+            Some(Place { unlinked: true, stat, .. }) => Cwd::Gone(gone(&stat)),
             Some(Place { path, .. }) => Cwd::Tree { path },
-            None => Cwd::Mount { path: CString::new(readlinkat(table.task(), c"cwd")?.into_vec())? },
+            None => {
+                let path = readlinkat(table.task(), c"cwd")?.into_vec();
+                // Of a tree that was left.
+                match path.ends_with(DELETED) {
+                    true => Cwd::Gone(gone(&stat_at(table.task(), c"cwd")?)),
+                    false => Cwd::Mount { path: CString::new(path)? },
+                }
+            }
         })
     }
 
@@ -133,7 +150,7 @@ impl Reader<'_> {
             Ok(at) => alike[at].2,
             Err(at) => {
                 let text = text.to_owned();
-                let raw = self.look(pid, number, info, text, table).map_err(failed("look at a descriptor"))?;
+                let raw = Self::look(pid, number, info, text, table).map_err(failed("look at a descriptor"))?;
                 let index = self.raw.len();
                 self.raw.push(raw);
                 self.known.entry(key).or_default().insert(at, (tid, number, index));
@@ -145,12 +162,12 @@ impl Reader<'_> {
         Ok(Slot { number, close_on_exec, description })
     }
 
-    fn look(&self, pid: pid_t, number: i32, info: FdInfo, text: String, table: &Table) -> io::Result<Raw> {
+    fn look(pid: pid_t, number: i32, info: FdInfo, text: String, table: &Table) -> io::Result<Raw> {
         let link = table.link_text(number)?;
         let kind = kind_of(&link, &text);
-        let is_looked_at = kind != ObjectKind::File || info.mount == self.root.mount();
-        let copy = is_looked_at.then(|| table.copy(number)).transpose()?;
-        Ok(Raw { pid, number, kind, link, info, text, copy, holders: Vec::new() })
+        let copy = table.copy(number)?;
+        let look = (kind == ObjectKind::File).then(|| stat(copy.as_fd())).transpose()?;
+        Ok(Raw { pid, number, kind, link, info, text, copy, look, holders: Vec::new() })
     }
 
     /// Now that all that there are are known: what each of them is.
@@ -160,23 +177,24 @@ impl Reader<'_> {
         let (mut memory, mut doubtful) = (Vec::new(), Vec::new());
         let depth = pid_depth(init).map_err(failed("find the number"))?;
         let mut terminals = Terminals::new(init);
+        let sockets = sockets::read(root, &raw, init, &mut held)?;
         for (at, one) in raw.iter().enumerate() {
             let object =
                 |error: ObjectError| DescriptorError::Object { pid: one.pid, number: one.number, source: error };
             let io = |op| move |source| DescriptorError::Process { op, pid: one.pid, source };
-            let copy = || one.copy.as_ref().map(AsFd::as_fd).ok_or_else(|| io("copy a descriptor")(invalid()));
+            let copy = one.copy.as_fd();
             let what = match one.kind {
-                ObjectKind::File => file(root, one)?,
+                ObjectKind::File => file::read(root, &raw, at, &mut held, &mut memory)?,
                 ObjectKind::Memfd => {
                     let name = String::from_utf8_lossy(&one.link).into_owned();
-                    let found = shared::Found::held(copy()?, name).map_err(io("open a memfd"))?;
+                    let found = shared::Found::held(copy, name).map_err(io("open a memfd"))?;
                     let key = found.key();
                     memory.push(found);
                     What::Memory { key }
                 }
                 ObjectKind::Pipe => pipe(&raw, at, &mut held)?,
                 ObjectKind::Eventfd => What::Eventfd(Eventfd::parse(&one.text).map_err(object)?),
-                ObjectKind::Timerfd => What::Timerfd(Timerfd::read(copy()?).map_err(object)?),
+                ObjectKind::Timerfd => What::Timerfd(Timerfd::read(copy).map_err(object)?),
                 ObjectKind::Signalfd => What::Signalfd(Signalfd::parse(&one.text).map_err(io("read a signalfd"))?),
                 ObjectKind::Pidfd => What::Pidfd(Pidfd::parse(&one.text, depth).map_err(object)?),
                 ObjectKind::Epoll => {
@@ -187,21 +205,23 @@ impl Reader<'_> {
                 }
                 ObjectKind::TerminalMaster | ObjectKind::Terminal | ObjectKind::ControllingTerminal => {
                     let is_master = one.kind == ObjectKind::TerminalMaster;
-                    let own =
-                        fcntl(copy()?, FcntlArg::F_GETFL).map_err(|errno| io("look at a terminal")(errno.into()))?;
+                    let own = fcntl(copy, FcntlArg::F_GETFL).map_err(|errno| io("look at a terminal")(errno.into()))?;
                     if own & libc::O_CLOEXEC != 0 {
                         doubtful.extend(one.holders.iter().map(|(task, number, inside)| (*task, *inside, *number)));
                     }
-                    terminals.note(one.pid, copy()?, is_master).map_err(io("look at a terminal"))?
+                    terminals.note(one.pid, copy, is_master).map_err(io("look at a terminal"))?
                 }
                 ObjectKind::DeadTerminal => What::DeadTerminal,
+                ObjectKind::Socket => match sockets.get(&at) {
+                    Some(socket) => What::Socket { socket: *socket },
+                    None => return Err(refuse(one)),
+                },
                 _ => return Err(refuse(one)),
             };
             let settings = match one.kind {
-                ObjectKind::File | ObjectKind::Memfd => None,
-                _ => {
-                    Some(Settings::read(copy()?, |_, host| pid_inside(host).ok()).map_err(io("look at a descriptor"))?)
-                }
+                ObjectKind::File if !matches!(what, What::Fifo { .. }) => None,
+                ObjectKind::Memfd => None,
+                _ => Some(Settings::read(copy, |_, host| pid_inside(host).ok()).map_err(io("look at a descriptor"))?),
             };
             let (flags, position) = (one.info.flags, one.info.position);
             held.descriptions.push(Description { flags, position, what, settings });
@@ -211,43 +231,14 @@ impl Reader<'_> {
     }
 }
 
-fn invalid() -> io::Error {
-    io::ErrorKind::InvalidData.into()
+pub(super) fn refuse(one: &Raw) -> DescriptorError {
+    refuse_as(one, one.kind.word())
 }
 
-fn refuse(one: &Raw) -> DescriptorError {
-    let Raw { pid, number, kind, link, .. } = one;
+pub(super) fn refuse_as(one: &Raw, what: &'static str) -> DescriptorError {
+    let Raw { pid, number, link, .. } = one;
     let link = String::from_utf8_lossy(link).into_owned();
-    DescriptorRefusal::Kind { pid: *pid, number: *number, what: kind.word(), link }.into()
-}
-
-fn file(root: &Root, one: &Raw) -> Result<What, DescriptorError> {
-    let Raw { pid, number, info, link, .. } = one;
-    let failed = |op| move |source| DescriptorError::Process { op, pid: *pid, source };
-    if info.mount != root.mount() {
-        // A name that is gone, or none.
-        if link.ends_with(b" (deleted)") || !link.starts_with(b"/") {
-            return Err(refuse(one));
-        }
-        let path = CString::new(link.clone()).map_err(|error| failed("name a file")(error.into()))?;
-        return Ok(What::Mount { path });
-    }
-    if link.is_empty() {
-        return Err(failed("find a file")(Errno::ENAMETOOLONG.into()));
-    }
-    let Some(old) = &one.copy else { return Err(refuse(one)) };
-    let look = stat(old.as_fd()).map_err(failed("look at a descriptor"))?;
-    let place = Place::named(root, look, link.clone()).map_err(failed("find a file"))?;
-    if place.unlinked || !matches!(look.kind(), libc::S_IFREG | libc::S_IFDIR) {
-        return Err(refuse(one));
-    }
-    if info.locks.iter().any(|lock| lock.owner == Owner::Other) {
-        return Err(DescriptorRefusal::Lease { pid: *pid, number: *number }.into());
-    }
-    let is_read = look.kind() == libc::S_IFDIR && info.position != 0;
-    let unread = is_read.then(|| position::unread(old.as_fd(), info.position)).flatten();
-    let locks = info.locks.iter().copied().filter(|lock| lock.owner != Owner::Process).collect();
-    Ok(What::File { path: place.path, kind: look.kind(), locks, unread })
+    DescriptorRefusal::Kind { pid: *pid, number: *number, what, link }.into()
 }
 
 /// An end of a pipe; the pipe is read with its first one.
@@ -262,7 +253,7 @@ fn pipe(raw: &[Raw], at: usize, held: &mut Held) -> Result<What, DescriptorError
             _ => What::Outside { link: one.link.clone() },
         });
     }
-    let copies: Vec<BorrowedFd<'_>> = ends.iter().filter_map(|end| raw[*end].copy.as_ref()).map(AsFd::as_fd).collect();
+    let copies: Vec<BorrowedFd<'_>> = ends.iter().map(|end| raw[*end].copy.as_fd()).collect();
     if leads_out(&copies).map_err(failed("look at a pipe"))? {
         return Ok(What::Outside { link: one.link.clone() });
     }

@@ -10,7 +10,7 @@ use super::Identity;
 use super::error::{MomentError, process};
 use crate::deltacr::handover::call;
 use crate::deltacr::stop::Stopped;
-use crate::deltacr::tasks::{Child, scan_children};
+use crate::deltacr::tasks::scan_children;
 use crate::fault;
 use crate::sys::ptrace::wait_thread;
 
@@ -48,24 +48,41 @@ fn wait_end(tid: pid_t) -> io::Result<()> {
     }
 }
 
-/// Has `parent` (host PID) take the exit status of each of its children that has ended, but for those in `kept` (PIDs
-/// inside): it must not learn of them.
+/// Has `parent` (host PID) take the exit status of each of its children that has ended, but for those in `kept` (host
+/// PIDs): it must not learn of them.
 ///
 /// # Errors
 /// It could not.
 pub(super) fn reap_children(stopped: &mut Stopped, parent: pid_t, kept: &[pid_t]) -> Result<(), MomentError> {
     let children = scan_children(parent).map_err(process("list the children of", parent))?;
-    let ended = children.into_iter().filter(|child| child.is_zombie && !kept.contains(&child.inside));
-    let wait = |child: Child| {
+    let ended = children.into_iter().filter(|child| child.is_zombie && !kept.contains(&child.host));
+    let ended: Vec<pid_t> = ended.map(|child| child.inside).collect();
+    if ended.is_empty() { Ok(()) } else { reap(stopped, parent, &ended) }
+}
+
+/// Has `parent` (host PID) take the exit status of children (PIDs inside) that have ended.
+///
+/// # Errors
+/// It could not.
+pub(super) fn reap(stopped: &mut Stopped, parent: pid_t, ended: &[pid_t]) -> Result<(), MomentError> {
+    let wait = |inside: &pid_t| {
         let all = (libc::__WALL | libc::WNOHANG).cast_unsigned().into();
-        call(libc::SYS_wait4, &[i64::from(child.inside).cast_unsigned(), 0, all, 0])
+        call(libc::SYS_wait4, &[i64::from(*inside).cast_unsigned(), 0, all, 0])
     };
-    let calls: Vec<_> = ended.map(wait).collect();
-    if calls.is_empty() {
-        return Ok(());
-    }
     let mut hand = stopped.hand(parent)?;
     // ECHILD: the parent ignores SIGCHLD, and the kernel has reaped it.
-    hand.run(&calls)?;
+    hand.run(&ended.iter().map(wait).collect::<Vec<_>>())?;
+    Ok(hand.close()?)
+}
+
+/// Has `parent` (host PID) hear that a child (PID inside) was continued, which it must not learn later.
+///
+/// # Errors
+/// It could not.
+pub(super) fn forget_continued(stopped: &mut Stopped, parent: pid_t, child: pid_t) -> Result<(), MomentError> {
+    let look = (libc::WCONTINUED | libc::WNOHANG).cast_unsigned().into();
+    let mut hand = stopped.hand(parent)?;
+    // There may be nothing to be heard.
+    hand.call(libc::SYS_waitid, call(0, &[libc::P_PID.into(), i64::from(child).cast_unsigned(), 0, look, 0]).args)?;
     Ok(hand.close()?)
 }

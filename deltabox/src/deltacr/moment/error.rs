@@ -38,8 +38,8 @@ pub enum MomentError {
         /// The kernel's word.
         source: io::Error,
     },
-    /// Memory that processes share.
-    #[error("{op} shared memory: {source}")]
+    /// Memory that processes share, and files without a name.
+    #[error("{op} what processes share: {source}")]
     Shared {
         /// What was being done.
         op: &'static str,
@@ -53,6 +53,12 @@ pub enum MomentError {
         inside: pid_t,
         /// What became of it.
         what: &'static str,
+    },
+    /// There are more processes than templates may be made.
+    #[error("it needs more than {room} new templates, and there is room for no more")]
+    Room {
+        /// How many may be made.
+        room: usize,
     },
     /// A template was lost: killed from outside, or for lack of memory.
     #[error("the template of process {inside} (inside) is gone")]
@@ -73,9 +79,14 @@ impl MomentError {
                 true
             }
             Self::State(error) => error.is_refusal(),
-            Self::Missing { .. } | Self::Lost { .. } => true,
+            Self::Missing { .. } | Self::Lost { .. } | Self::Room { .. } => true,
             _ => false,
         }
+    }
+
+    /// Whether what stands in the way passes as soon as the programs have run a little.
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Descriptors(DescriptorError::Object { source: ObjectError::Refused(why), .. }) if why.is_passing())
     }
 }
 

@@ -6,13 +6,15 @@
 //! Records are this version's structs in their order; another version's file is not read. It outlives the engine, not the
 //! machine: templates do not.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Identity, Moment, Past};
+use super::{Identity, Moment, Past, Zombie};
 use crate::deltacr::descriptors::Held;
 use crate::deltacr::shared::SharedMemory;
 use crate::deltacr::state::Person;
@@ -20,7 +22,7 @@ use crate::deltacr::template::{Freezer, Memory, Template, Threads};
 
 const MAGIC: &[u8; 8] = b"DBXMOMNT";
 /// Raised when a record changes.
-const VERSION: u32 = 1;
+const VERSION: u32 = 5;
 const HEADER_BYTES: usize = 24;
 
 #[derive(Serialize, Deserialize)]
@@ -29,6 +31,7 @@ struct Written {
     shared: SharedMemory,
     tree: u64,
     processes: Vec<WrittenPast>,
+    zombies: Vec<Zombie>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -39,6 +42,7 @@ struct WrittenPast {
     memory: Memory,
     threads: Threads,
     person: Person,
+    is_stopped: bool,
 }
 
 /// A moment that cannot be come back to.
@@ -70,12 +74,14 @@ impl Moment {
             memory: past.memory.clone(),
             threads: past.threads.clone(),
             person: past.person.clone(),
+            is_stopped: past.is_stopped,
         };
         let written = Written {
             held: self.held.clone(),
             shared: self.shared.clone(),
             tree: self.tree,
             processes: self.processes.iter().map(past).collect(),
+            zombies: self.zombies.clone(),
         };
         let records = postcard::to_stdvec(&written).map_err(io::Error::other)?;
         let staging = path.with_extension("processes.new");
@@ -84,28 +90,43 @@ impl Moment {
         fs::rename(&staging, path)
     }
 
-    /// Reads the file, and finds the templates in the groups below `group`.
+    /// Reads the file, and finds the templates in the groups below `group`, or among those `found` before.
     ///
     /// # Errors
     /// There is no way back to it.
-    pub fn load(path: &Path, group: &Path) -> Result<Self, FileError> {
+    pub fn load(path: &Path, group: &Path, found: &mut FoundTemplates) -> Result<Self, FileError> {
         let bytes = fs::read(path)?;
-        let Written { held, shared, tree, processes } =
+        let Written { held, shared, tree, processes, zombies } =
             unwrap(&bytes).and_then(|records| postcard::from_bytes(records).ok()).ok_or(FileError::Damaged)?;
         let find = |past: WrittenPast| {
-            let WrittenPast { identity, template, memory, threads, person } = past;
+            let WrittenPast { identity, template, memory, threads, person, is_stopped } = past;
             let lost = FileError::Lost { inside: identity.inside };
-            let found = Freezer::open(group.join(template)).and_then(Template::find);
-            let Ok(Ok(template)) = found else { return Err(lost) };
-            Ok(Past { identity, template, memory, threads, person })
+            let template = found.find(group, template).ok_or(lost)?;
+            Ok(Past { identity, template, memory, threads, person, is_stopped })
         };
-        let processes = processes.into_iter().map(find).collect::<Result<_, _>>()?;
-        Ok(Self { held, processes, shared, tree })
+        let processes = processes.into_iter().map(find).collect::<Result<_, FileError>>()?;
+        Ok(Self { held, processes, zombies, shared, tree })
     }
 
     /// Names of its templates' cgroups.
     pub fn template_names(&self) -> impl Iterator<Item = String> {
         self.processes.iter().map(|past| name_of(&past.template))
+    }
+}
+
+/// Templates that were found again, by the names of their cgroups: several moments may have one.
+#[derive(Debug, Default)]
+pub struct FoundTemplates(BTreeMap<String, Arc<Template>>);
+
+impl FoundTemplates {
+    fn find(&mut self, group: &Path, name: String) -> Option<Arc<Template>> {
+        if let Some(template) = self.0.get(&name) {
+            return Some(template.clone());
+        }
+        let found = Freezer::open(group.join(&name)).and_then(Template::find);
+        let template = Arc::new(found.ok()?.ok()?);
+        self.0.insert(name, template.clone());
+        Some(template)
     }
 }
 

@@ -73,6 +73,39 @@ pub enum ObjectRefusal {
         /// N of `/dev/pts/N`.
         index: i32,
     },
+    /// Descriptors that were sent wait in a socket.
+    #[error("a Unix socket with {n} descriptors on their way")]
+    OnTheirWay {
+        /// How many.
+        n: usize,
+    },
+    /// A byte sent with MSG_OOB waits in a socket.
+    #[error("a Unix socket with an urgent byte (MSG_OOB) that nobody has read yet")]
+    Urgent,
+    /// A connection waits to be accepted.
+    #[error("a Unix socket whose connection nobody has accepted yet")]
+    NotAccepted,
+    /// The peer of a socket is not in the sandbox, or on its way in a message.
+    #[error("a Unix socket whose other end is outside of the sandbox")]
+    PeerOutside,
+    /// A socket that sends to one that does not send back.
+    #[error("a Unix socket that is connected in one direction only")]
+    OneWay,
+    /// A socket whose path leads to it no more.
+    #[error("a Unix socket whose name was removed or leads elsewhere")]
+    NameGone,
+    /// Both ends of a connection have names.
+    #[error("a Unix socket that was bound to a name and then connected")]
+    TwoNames,
+    /// What waits in a socket that anybody may have sent to.
+    #[error("a datagram socket with messages that nobody has read yet")]
+    Datagrams,
+    /// A socket of another network namespace.
+    #[error("a Unix socket of another network namespace")]
+    OtherNetwork,
+    /// Messages that cannot be looked at without taking them.
+    #[error("a Unix socket with empty messages that cannot be looked at twice")]
+    Unseen,
     /// A terminal whose name another one has by now.
     #[error("terminal {index} is another one by now")]
     TerminalTaken {
@@ -84,7 +117,16 @@ pub enum ObjectRefusal {
 impl ObjectRefusal {
     /// Whether it passes by itself, as soon as the programs have run a little.
     pub fn is_passing(&self) -> bool {
-        matches!(self, Self::CancelledTimer | Self::PacketStatus { .. })
+        matches!(
+            self,
+            Self::CancelledTimer
+                | Self::PacketStatus { .. }
+                | Self::OnTheirWay { .. }
+                | Self::Urgent
+                | Self::NotAccepted
+                | Self::Unseen
+                | Self::Datagrams
+        )
     }
 }
 

@@ -19,18 +19,21 @@
 mod epoll;
 mod error;
 mod eventfd;
+mod fifo;
 mod kind;
 mod own;
 mod pidfd;
 mod pipe;
 mod settings;
 mod signalfd;
+pub mod socket;
 pub mod terminal;
 mod timerfd;
 
 pub use epoll::{Epoll, Holder, Watched};
 pub use error::{ObjectError, ObjectRefusal};
 pub use eventfd::Eventfd;
+pub use fifo::{End, Fifo, open_ends};
 pub use kind::{ObjectKind, kind_of};
 pub(super) use own::Permissions;
 pub use own::{Access, own_fdinfo, reopen};

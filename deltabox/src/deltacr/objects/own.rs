@@ -9,7 +9,7 @@ use nix::unistd::{Gid, Uid, fchownat};
 use serde::{Deserialize, Serialize};
 
 use crate::sys::fs::chmod;
-use crate::sys::stat::stat;
+use crate::sys::stat::{Stat, stat};
 
 /// What a description was opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,8 +59,12 @@ pub(in crate::deltacr) struct Permissions {
 
 impl Permissions {
     pub(in crate::deltacr) fn of(fd: BorrowedFd<'_>) -> io::Result<Self> {
-        let stat = stat(fd)?;
-        Ok(Self { uid: stat.uid, gid: stat.gid, mode: stat.mode & 0o7777 })
+        stat(fd).map(|look| Self::told(&look))
+    }
+
+    /// As stat tells them.
+    pub(in crate::deltacr) fn told(look: &Stat) -> Self {
+        Self { uid: look.uid, gid: look.gid, mode: look.mode & 0o7777 }
     }
 
     pub(in crate::deltacr) fn set(self, fd: BorrowedFd<'_>) -> io::Result<()> {

@@ -12,8 +12,7 @@
 //! kernel does not tell which buffers are packets, but a copy does, by how much a read of one byte takes away. A pipe whose
 //! only content is one packet of one byte counts as packets if a writer is in packet mode.
 //!
-//! A FIFO has its pipe at an inode: its ends are opened by name, the first for both; then [`Pipe::fill`]. One that has
-//! lost its name can be made like a pipe.
+//! A FIFO has its pipe at an inode: see [`Fifo`](super::Fifo).
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

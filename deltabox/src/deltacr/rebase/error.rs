@@ -112,6 +112,16 @@ pub enum RebaseRefusal {
         /// Number of the watch.
         watch: i32,
     },
+    /// A private mapping of a file that was open for writing.
+    #[error("process {pid} maps {name} at {start:#x} as its private copy, and had opened it for writing")]
+    PrivateWriter {
+        /// The process.
+        pid: pid_t,
+        /// First address of the mapping.
+        start: u64,
+        /// The file, as programs name it.
+        name: String,
+    },
     /// A lease or another lock that only the kernel can make.
     #[error("descriptor {number} of process {pid} holds a lease")]
     Lease {

@@ -5,7 +5,6 @@
 //! the seal.
 
 use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::errno::Errno;
@@ -13,40 +12,50 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::open::file_error;
 use super::{Description, Kind, RebaseError};
-use crate::deltacr::objects::duplicate;
+use crate::deltacr::objects::{End, duplicate, open_ends};
 use crate::sandbox::root::Root;
 use crate::sys::stat::stat;
 
 /// Gives each description of a FIFO one of the FIFO that `to` has under its name.
 pub(super) fn open_all(descriptions: &mut [Description], to: &Root) -> Result<(), RebaseError> {
-    // Open for both ends while the others are opened, which do not have to wait for each other then.
-    let mut pipes: BTreeMap<_, OwnedFd> = BTreeMap::new();
-    for description in descriptions.iter_mut() {
-        let (place, flags) = (&description.place, OFlag::from_bits_retain(description.info.flags));
+    let mut fifos: BTreeMap<_, Vec<usize>> = BTreeMap::new();
+    for (at, description) in descriptions.iter_mut().enumerate() {
+        let place = &description.place;
         if !matches!(description.kind, Kind::File) || place.stat.kind() != libc::S_IFIFO || place.unlinked {
             continue;
         }
-        if flags.contains(OFlag::O_PATH) {
+        if description.info.flags & libc::O_PATH != 0 {
             description.new = to.open(&place.path, OFlag::O_PATH | OFlag::O_NOFOLLOW).ok().filter(is_fifo);
-            continue;
+        } else {
+            fifos.entry(place.stat.identity()).or_default().push(at);
         }
-        let Some(old) = &description.old else { continue };
-        let identity = place.stat.identity();
-        if let Entry::Vacant(free) = pipes.entry(identity) {
-            let pipe = match to.open(&place.path, OFlag::O_RDWR | OFlag::O_NONBLOCK) {
-                Ok(pipe) if is_fifo(&pipe) => pipe,
-                Ok(_) | Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP | Errno::EISDIR | Errno::ENXIO) => continue,
-                Err(errno) => return Err(file_error("open", place, errno.into())),
-            };
-            duplicate(old.as_fd(), pipe.as_fd())
-                .map_err(|source| file_error("carry over what is in", place, source))?;
-            free.insert(pipe);
-        }
-        let access = flags & OFlag::O_ACCMODE;
-        let new = to.open(&place.path, access | OFlag::O_NONBLOCK);
-        let new = new.map_err(|errno| file_error("open", place, errno.into()))?;
-        fcntl(&new, FcntlArg::F_SETFL(flags)).map_err(|errno| file_error("set the flags of", place, errno.into()))?;
-        description.new = Some(new);
+    }
+    for ends in fifos.into_values() {
+        open(descriptions, &ends, to)?;
+    }
+    Ok(())
+}
+
+/// The same for all descriptions of one FIFO.
+fn open(descriptions: &mut [Description], ends: &[usize], to: &Root) -> Result<(), RebaseError> {
+    let Some(place) = ends.first().map(|first| descriptions[*first].place.clone()) else { return Ok(()) };
+    let failed = |op| {
+        let place = place.clone();
+        move |source| file_error(op, &place, source)
+    };
+    let fifo = match to.open(&place.path, OFlag::O_PATH | OFlag::O_NOFOLLOW) {
+        Ok(fifo) if is_fifo(&fifo) => fifo,
+        Ok(_) | Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Ok(()),
+        Err(errno) => return Err(failed("open")(errno.into())),
+    };
+    let old: Vec<_> = ends.iter().filter_map(|end| descriptions[*end].old.as_ref()).map(AsFd::as_fd).collect();
+    let Some(first) = old.first() else { return Ok(()) };
+    let looks = End::all_of(&old).map_err(failed("look at"))?;
+    let opened = open_ends(fifo.as_fd(), &looks, |end| duplicate(*first, end)).map_err(failed("carry over"))?;
+    for (end, new) in ends.iter().zip(opened) {
+        let flags = OFlag::from_bits_retain(descriptions[*end].info.flags);
+        fcntl(&new, FcntlArg::F_SETFL(flags)).map_err(|errno| failed("set the flags of")(errno.into()))?;
+        descriptions[*end].new = Some(new);
     }
     Ok(())
 }

@@ -48,22 +48,22 @@ pub(super) fn look(socket: &OwnedFd, place: &Place, pid: i32, number: i32) -> Re
         return Err(RebaseRefusal::Pending { pid, number }.into());
     }
     let address: UnixAddr = getsockname(socket.as_raw_fd()).map_err(failed("look at"))?;
-    if directory(&address, place).is_none() {
+    if directory(&address, &place.path).is_none() {
         let name = place.path.to_string_lossy().into_owned();
         return Err(RebaseRefusal::Address { pid, number, name }.into());
     }
     Ok(Some(Listener { kind, address, at: None }))
 }
 
-/// From which directory the address leads to the place; `None` for nowhere.
-fn directory(address: &UnixAddr, place: &Place) -> Option<CString> {
+/// From which directory the address leads to the place `path`; `None` for nowhere.
+pub(in crate::deltacr) fn directory(address: &UnixAddr, path: &CString) -> Option<CString> {
     let address = address.path()?;
     if address.is_absolute() {
         return Some(c"/".into());
     }
     let address: std::path::PathBuf =
         address.components().filter(|part| *part != std::path::Component::CurDir).collect();
-    let path = Path::new(std::ffi::OsStr::from_bytes(place.path.as_bytes()));
+    let path = Path::new(std::ffi::OsStr::from_bytes(path.as_bytes()));
     if !path.ends_with(&address) {
         return None;
     }
@@ -74,18 +74,7 @@ fn directory(address: &UnixAddr, place: &Place) -> Option<CString> {
 impl Listener {
     /// Looks for the place of its name on the next root.
     pub(super) fn find(&mut self, place: &Place, to: &Root) -> Result<(), RebaseError> {
-        match to.open(&place.path, OFlag::O_PATH | OFlag::O_NOFOLLOW) {
-            Ok(found) if stat(found.as_fd()).is_ok_and(|stat| stat.kind() == libc::S_IFSOCK) => {}
-            Ok(_) | Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Ok(()),
-            Err(errno) => return Err(file_error("find", place, errno.into())),
-        }
-        let bytes = place.path.as_bytes();
-        let cut = bytes.iter().rposition(|byte| *byte == b'/').unwrap_or(0);
-        let to_c = |bytes: &[u8]| CString::new(bytes).map_err(|error| file_error("find", place, error.into()));
-        let parent = to_c(if cut == 0 { b"/" } else { &bytes[..cut] })?;
-        let directory = to.open(&parent, OFlag::O_PATH | OFlag::O_DIRECTORY);
-        let directory = directory.map_err(|errno| file_error("find", place, errno.into()))?;
-        self.at = Some((directory, to_c(&bytes[cut + 1..])?));
+        self.at = find_name(&place.path, to).map_err(|source| file_error("find", place, source))?;
         Ok(())
     }
 
@@ -103,41 +92,63 @@ impl Listener {
         flags: i32,
         namespace: &Namespace,
     ) -> io::Result<()> {
-        let Some((parent, name)) = &self.at else { return Ok(()) };
+        let Some(at) = &self.at else { return Ok(()) };
         setsockopt(new, sockopt::PassCred, &getsockopt(old, sockopt::PassCred)?)?;
         setsockopt(new, sockopt::ReceiveTimeout, &getsockopt(old, sockopt::ReceiveTimeout)?)?;
         setsockopt(new, sockopt::SendTimeout, &getsockopt(old, sockopt::SendTimeout)?)?;
         fcntl(new, FcntlArg::F_SETFL(OFlag::from_bits_retain(flags)))?;
-        let (around, before) = (stat(parent.as_fd())?, stat_at(parent.as_fd(), name)?);
-        let from = directory(&self.address, place).unwrap_or_else(|| c"/".into());
-        unlinkat(parent, name.as_c_str(), UnlinkatFlags::NoRemoveDir)?;
-        namespace.visit(|| {
-            nix::unistd::chdir(from.as_c_str())?;
-            Ok(bind(new.as_raw_fd(), &self.address)?)
-        })?;
-        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        // Not there: the address leads somewhere else now (a symbolic link was changed).
-        let file = nix::fcntl::openat(parent, name.as_c_str(), flags, nix::sys::stat::Mode::empty())?;
-        let (owner, group) = (nix::unistd::Uid::from_raw(before.uid), nix::unistd::Gid::from_raw(before.gid));
-        nix::unistd::fchownat(&file, c"", Some(owner), Some(group), nix::fcntl::AtFlags::AT_EMPTY_PATH)?;
-        crate::sys::fs::chmod(file.as_fd(), before.mode & 0o7777)?;
-        set_times(file.as_fd(), before.atime, before.mtime)?;
-        set_times(parent.as_fd(), around.atime, around.mtime)
+        bind_again(new, &self.address, &place.path, at, |work| namespace.visit(work))
     }
+}
+
+/// The place of a socket's name on a root: its directory (`O_PATH`) and name; `None`: there is no such socket.
+pub(in crate::deltacr) fn find_name(path: &CString, on: &Root) -> io::Result<Option<(OwnedFd, CString)>> {
+    match on.open(path, OFlag::O_PATH | OFlag::O_NOFOLLOW) {
+        Ok(found) if stat(found.as_fd()).is_ok_and(|stat| stat.kind() == libc::S_IFSOCK) => {}
+        Ok(_) | Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Ok(None),
+        Err(errno) => return Err(errno.into()),
+    }
+    let bytes = path.as_bytes();
+    let cut = bytes.iter().rposition(|byte| *byte == b'/').unwrap_or(0);
+    let parent = CString::new(if cut == 0 { b"/" } else { &bytes[..cut] })?;
+    let directory = on.open(&parent, OFlag::O_PATH | OFlag::O_DIRECTORY)?;
+    Ok(Some((directory, CString::new(&bytes[cut + 1..])?)))
+}
+
+/// Binds `new` to an address that leads to the place `path`, whose name (as [`find_name`] tells it) another socket had; owner,
+/// mode and times of the name and its directory stay. `visit` enters the sandbox's mounts.
+pub(in crate::deltacr) fn bind_again(
+    new: &OwnedFd,
+    address: &UnixAddr,
+    path: &CString,
+    (parent, name): &(OwnedFd, CString),
+    visit: impl FnOnce(&mut dyn FnMut() -> io::Result<()>) -> io::Result<()>,
+) -> io::Result<()> {
+    let (around, before) = (stat(parent.as_fd())?, stat_at(parent.as_fd(), name)?);
+    let from = directory(address, path).unwrap_or_else(|| c"/".into());
+    unlinkat(parent, name.as_c_str(), UnlinkatFlags::NoRemoveDir)?;
+    visit(&mut || {
+        nix::unistd::chdir(from.as_c_str())?;
+        Ok(bind(new.as_raw_fd(), address)?)
+    })?;
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    // Not there: the address leads somewhere else now (a symbolic link was changed).
+    let file = nix::fcntl::openat(parent, name.as_c_str(), flags, nix::sys::stat::Mode::empty())?;
+    let (owner, group) = (nix::unistd::Uid::from_raw(before.uid), nix::unistd::Gid::from_raw(before.gid));
+    nix::unistd::fchownat(&file, c"", Some(owner), Some(group), nix::fcntl::AtFlags::AT_EMPTY_PATH)?;
+    crate::sys::fs::chmod(file.as_fd(), before.mode & 0o7777)?;
+    set_times(file.as_fd(), before.atime, before.mtime)?;
+    set_times(parent.as_fd(), around.atime, around.mtime)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn at(path: &str) -> Place {
-        let zero = stat(std::fs::File::open("/").unwrap().as_fd()).unwrap();
-        Place { path: CString::new(path).unwrap(), stat: zero, unlinked: false }
-    }
-
     #[test]
     fn an_address_is_taken_from_the_directory_it_was_bound_in() {
-        let from = |address: &str, path: &str| directory(&UnixAddr::new(address).unwrap(), &at(path));
+        let from =
+            |address: &str, path: &str| directory(&UnixAddr::new(address).unwrap(), &CString::new(path).unwrap());
         assert_eq!(from("/srv/s", "/srv/s"), Some(c"/".into()));
         assert_eq!(from("./run/s", "/srv/app/run/s"), Some(c"/srv/app".into()));
         assert_eq!(from("s", "/s"), Some(c"/".into()));

@@ -17,10 +17,11 @@ mod fifo;
 mod find;
 mod gifts;
 mod give;
-mod listener;
+pub(in crate::deltacr) mod listener;
 mod open;
 mod unlinked;
 mod watcher;
+mod writers;
 
 use std::ffi::CString;
 use std::os::fd::OwnedFd;
@@ -30,9 +31,11 @@ use libc::pid_t;
 pub use super::table::Ahead;
 pub use error::{RebaseError, RebaseRefusal};
 pub use open::Opened;
+pub use writers::find_private_writer;
 
 use super::fdinfo::{FdInfo, Lock, Target};
 use super::place::Place;
+use super::stop::Stopped;
 use super::table::Table;
 use listener::Listener;
 use watcher::Watcher;

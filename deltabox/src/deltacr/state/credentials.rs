@@ -31,6 +31,7 @@ const N_GROUPS: u16 = 1024;
 const CAP_SETGID: u64 = 1 << 6;
 const CAP_SETUID: u64 = 1 << 7;
 const CAP_SETPCAP: u64 = 1 << 8;
+const CHOOSE_NUMBERS: u64 = 1 << 40 | 1 << 21;
 const CAPSET_VERSION: u32 = 0x2008_0522;
 /// From the kernel (include/uapi/linux/securebits.h); a bit's lock is the bit above it.
 const NO_SETUID_FIXUP: u32 = 1 << 2;
@@ -145,6 +146,11 @@ impl Credentials {
     /// How many system call filters it has.
     pub(super) fn n_filters(&self) -> u32 {
         self.n_filters
+    }
+
+    /// CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN: either allows to choose the numbers of threads and processes.
+    pub(super) fn chooses_numbers(&self) -> bool {
+        self.sets.effective & CHOOSE_NUMBERS != 0
     }
 
     /// Whether the steps back from `now` change more than a flag: then dumpability and PDEATHSIG are gone.

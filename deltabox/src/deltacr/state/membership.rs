@@ -8,7 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::batch::{Asked, Batch};
+use super::batch::{Asked, Batch, Room};
 use super::error::StateError;
 use super::impossible::{Impossible, Judge};
 
@@ -25,14 +25,24 @@ pub(super) struct Membership {
 pub(super) struct Questions {
     session: Asked,
     group: Asked,
+    ended: Room,
 }
+
+/// Of waitid(2): any child that has ended, whatever it sends, and nothing is changed.
+const LOOK: u64 = (libc::WEXITED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL).cast_unsigned() as u64;
+/// Of `siginfo_t`.
+const INFO_BYTES: usize = 128;
 
 impl Membership {
     /// Asks the process.
     pub(super) fn ask(batch: &mut Batch) -> Questions {
+        let ended = batch.room(INFO_BYTES);
+        // ECHILD: it has no children; the answer is written all the same.
+        batch.add("waitid", libc::SYS_waitid, &[libc::P_ALL.into(), 0, ended.at, LOOK, 0]);
         Questions {
             session: batch.add("getsid", libc::SYS_getsid, &[0]),
             group: batch.add("getpgid", libc::SYS_getpgid, &[0]),
+            ended,
         }
     }
 
@@ -42,9 +52,10 @@ impl Membership {
         Ok(Self { session, group, exit_signal })
     }
 
-    /// What its parent is sent at its end: for who makes the process again.
-    pub(super) fn exit_signal(&self) -> i32 {
-        self.exit_signal
+    /// Whether it has children that have ended and for which it has not waited.
+    pub(super) fn has_ended_children(batch: &Batch, asked: &Questions) -> bool {
+        // The signal's number: 0 if there is none.
+        batch.bytes(asked.ended)[..4] != [0; 4]
     }
 
     /// Whether there is a way back from `now`, as far as the process alone can tell: there has to be a group to go to.

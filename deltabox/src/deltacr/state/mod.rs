@@ -49,3 +49,11 @@ pub use error::StateError;
 pub use impossible::Impossible;
 pub use person::Person;
 pub use signals::Signals;
+
+/// How many system call filters a process has.
+///
+/// # Errors
+/// There is no such process.
+pub fn n_filters(pid: libc::pid_t) -> Result<u32, StateError> {
+    Ok(status::Status::read(pid, pid)?.0.n_filters)
+}

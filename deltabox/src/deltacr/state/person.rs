@@ -29,6 +29,7 @@ use super::threads::{Pair, host_threads, pair};
 use super::traits::Traits;
 use crate::deltacr::stop::Stopped;
 use crate::deltacr::tasks::read_stat;
+use crate::deltacr::told::PR_GET_TID_ADDRESS;
 use crate::fault;
 use crate::sys::process::{Compared, compare};
 
@@ -44,6 +45,9 @@ pub struct Person {
     threads: Vec<ThreadPerson>,
     /// Put back by themselves, after all else.
     pub signals: Signals,
+    /// When it was read. Not a part of it: they are processes by themselves.
+    #[serde(skip)]
+    has_ended_children: bool,
 }
 
 /// A thread as it was.
@@ -69,6 +73,9 @@ impl Person {
             let mut batch = Batch::new(&hand);
             let (habits, credentials) = (Habits::ask(&mut batch), Credentials::ask(&mut batch));
             let signals = Signals::ask_thread(&mut batch);
+            // For the record of the thread: not asked in a hand of its own.
+            let clear_tid = batch.room(8);
+            let told = batch.add("prctl", libc::SYS_prctl, &[PR_GET_TID_ADDRESS, clear_tid.at]);
             let of_process = (at == 0).then(|| {
                 let signals = Signals::ask_process(&mut batch);
                 (Limits::ask(&mut batch), Traits::ask(&mut batch), Membership::ask(&mut batch), signals)
@@ -81,11 +88,16 @@ impl Person {
                 person.traits = Traits::answer(&batch, traits, pid, tid)?;
                 let exit_signal = if tid == pid { exit_signal } else { leaders_exit_signal(pid)? };
                 person.membership = Membership::answer(&batch, membership, exit_signal)?;
+                person.has_ended_children = Membership::has_ended_children(&batch, membership);
             }
             let of_process = of_process.as_ref().map(|(_, _, _, signals)| signals);
             person.signals.answer(&batch, of_process, &signals, (pid, tid))?;
             person.pid = person.signals.pid();
-            person.threads.push(ThreadPerson::answer(&batch, (&habits, &credentials), (pid, tid))?);
+            let (thread, status) = ThreadPerson::answer(&batch, (&habits, &credentials), (pid, tid))?;
+            person.threads.push(thread);
+            batch.answer(told)?;
+            let clear_tid = batch.bytes(clear_tid).try_into().map_or(0, u64::from_le_bytes);
+            stopped.remember(pid, tid, person.signals.last_tid(), clear_tid, status);
             if let Some(thread) = person.threads.last_mut() {
                 thread.tid = person.signals.last_tid();
             }
@@ -98,9 +110,14 @@ impl Person {
         self.pid
     }
 
-    /// What its parent is sent at its end: for who makes the process again.
-    pub fn exit_signal(&self) -> i32 {
-        self.membership.exit_signal()
+    /// Whether it had children that had ended, and for which it had not waited, when it was read.
+    pub fn has_ended_children(&self) -> bool {
+        self.has_ended_children
+    }
+
+    /// Whether it may choose the numbers of processes and threads that it makes.
+    pub fn chooses_numbers(&self) -> bool {
+        self.threads.first().is_some_and(|thread| thread.credentials.chooses_numbers())
     }
 
     /// Whether [`Person::put_back`] can make this of what the process is `now`: the same one, changed since, or a fork of
@@ -129,17 +146,24 @@ impl Person {
         self.membership.judge(&now.membership, &judge)
     }
 
-    /// The same of a process that was made by another parent than at the first time, whose filters it has: as many are not
-    /// the same ones. Those of init (`n_filters_of_init`) all processes of a sandbox have.
+    /// Whether [`Person::put_back`] can make this of a child that was just made by one like `maker`: another than its
+    /// parent at the first time, whose filters it has. As many are not the same ones; those of init (`n_filters_of_init`)
+    /// all processes of a sandbox have.
     ///
     /// # Errors
-    /// As [`Person::can_be_put_back`], and if it had filters of its own.
-    pub fn can_be_rebuilt(&self, now: &Self, n_filters_of_init: u32) -> Result<(), Impossible> {
-        let most = |person: &Self| person.threads.iter().map(|one| one.credentials.n_filters()).max().unwrap_or(0);
+    /// What cannot be: there is no way to make the process again.
+    pub fn can_be_made_by(&self, maker: &Self, n_filters_of_init: u32) -> Result<(), Impossible> {
         let judge = Judge { pid: self.pid };
-        let only = most(self).max(most(now)) <= n_filters_of_init;
-        judge.unless(only, "the number of filters", most(self).to_string(), most(now).to_string())?;
-        self.can_be_put_back(now)
+        let most = |person: &Self| person.threads.iter().map(|one| one.credentials.n_filters()).max().unwrap_or(0);
+        let only = most(self).max(most(maker)) <= n_filters_of_init;
+        judge.unless(only, "the number of filters", most(self).to_string(), most(maker).to_string())?;
+        let mut forgotten = false;
+        for (was, is) in self.threads.iter().zip(maker.threads.iter().take(1).cycle()) {
+            was.credentials.judge(&is.credentials, &judge)?;
+            forgotten |= was.credentials.is_other(&is.credentials);
+        }
+        self.limits.judge(&maker.limits, &judge)?;
+        self.traits.judge(&maker.traits, forgotten, &judge)
     }
 
     /// Makes a stopped process this again, its signals last. Signals that wait now are lost.
@@ -149,12 +173,24 @@ impl Person {
     /// neither what it was nor what it should be.
     pub fn put_back(&self, stopped: &mut Stopped, pid: pid_t) -> Result<(), StateError> {
         let now = Self::read(stopped, pid)?;
+        self.can_be_put_back(&now)?;
         self.put_back_from(&now, stopped, pid)?;
+        if self.membership != now.membership {
+            let mut hand = stopped.hand(pid)?;
+            let mut batch = Batch::new(&hand);
+            let group = self.membership.change(&now.membership, &mut batch);
+            batch.run(&mut hand)?;
+            hand.close()?;
+            if group.is_some_and(|group| batch.result(group) == -i64::from(libc::EPERM)) {
+                return Err(self.membership.no_group(&now.membership, self.pid).into());
+            }
+            batch.check_all()?;
+        }
         self.signals.put_back_from(&now.signals, stopped, pid)
     }
 
-    /// The same without signals, where it is known how it is `now`, in this very stop. To be done before memory and
-    /// descriptors, which limits may hinder; of processes with one group the leader first.
+    /// The same without signals, session and group, where it is known how it is `now`, in this very stop. To be done before
+    /// memory and descriptors, which limits may hinder.
     ///
     /// # Errors
     /// As [`Person::put_back`].
@@ -163,6 +199,7 @@ impl Person {
             return Ok(());
         }
         self.can_be_put_back(now)?;
+        stopped.forget_told(pid);
         fault::point("state.change").map_err(process("put back", pid))?;
         let hosts = host_threads(stopped, pid)?;
         let (was, is) = (self.threads.iter().map(|one| one.tid), now.threads.iter().map(|one| one.tid));
@@ -179,13 +216,12 @@ impl Person {
         differs.map_or(Ok(()), |what| Err(StateError::Differs { pid, what }))
     }
 
-    /// What of it, without signals, is not as `now`.
+    /// What of it, without signals, session and group, is not as `now`.
     fn what_differs(&self, now: &Self) -> Option<&'static str> {
         let is_same = |was: &ThreadPerson| now.threads.iter().any(|is| is == was);
         match () {
             () if self.limits != now.limits => Some("limits"),
             () if self.traits != now.traits => Some("traits"),
-            () if self.membership != now.membership => Some("session or process group"),
             () if !self.threads.iter().all(is_same) || self.threads.len() != now.threads.len() => {
                 Some("credentials, habits or schedule of a thread")
             }
@@ -245,19 +281,13 @@ impl Person {
         self.traits.change_score(&now.traits, pid, tid)?;
         let mut hand = stopped.hand(pid)?;
         let mut batch = Batch::new(&hand);
-        // Only the group may be missing: the answer to that is looked at by itself.
-        let group = self.membership.change(&now.membership, &mut batch);
         self.limits.change(&now.limits, &mut batch);
         self.traits.change(&now.traits, forgotten, &mut batch);
         if batch.is_empty() {
             return Ok(hand.close()?);
         }
-        batch.run(&mut hand)?;
-        hand.close()?;
-        if group.is_some_and(|group| batch.result(group) == -i64::from(libc::EPERM)) {
-            return Err(self.membership.no_group(&now.membership, self.pid).into());
-        }
-        batch.check_all()
+        batch.run_all(&mut hand)?;
+        Ok(hand.close()?)
     }
 }
 
@@ -266,14 +296,15 @@ impl ThreadPerson {
         batch: &Batch,
         (habits, credentials): (&habits::Questions, &credentials::Questions),
         (pid, tid): (pid_t, pid_t),
-    ) -> Result<Self, StateError> {
-        let status = Status::read(pid, tid)?;
-        Ok(Self {
+    ) -> Result<(Self, Vec<u8>), StateError> {
+        let (status, text) = Status::read(pid, tid)?;
+        let person = Self {
             tid: 0,
             credentials: Credentials::answer(batch, credentials, &status)?,
             habits: Habits::answer(batch, habits, &status)?,
             schedule: Schedule::read(pid, tid)?,
-        })
+        };
+        Ok((person, text))
     }
 }
 

@@ -19,14 +19,15 @@ pub(super) struct Status {
 }
 
 impl Status {
-    /// Reads that of a thread; 13 us.
-    pub(super) fn read(pid: pid_t, tid: pid_t) -> Result<Self, StateError> {
+    /// Reads that of a thread; 13 us. All of it comes along.
+    pub(super) fn read(pid: pid_t, tid: pid_t) -> Result<(Self, Vec<u8>), StateError> {
         let failed = || process("read the status of", pid);
         // Names and groups come before what is looked for: whole, but in one read as a rule.
-        let mut bytes = Vec::with_capacity(16384);
+        let mut bytes = Vec::with_capacity(4096);
         let file = File::open(format!("/proc/{pid}/task/{tid}/status")).map_err(failed())?;
         file.take(1 << 20).read_to_end(&mut bytes).map_err(failed())?;
-        parse(&String::from_utf8_lossy(&bytes)).map_err(|field| StateError::Status { pid, field })
+        let status = parse(&String::from_utf8_lossy(&bytes)).map_err(|field| StateError::Status { pid, field })?;
+        Ok((status, bytes))
     }
 }
 

@@ -63,6 +63,24 @@ impl Advised {
         Ok(Self { ranges })
     }
 
+    /// What is advised in the batch that clones, in at most `n_calls` calls before and after it together, and what in
+    /// batches of its own around that one. An engine that dies in between leaves the latter as the template needs it: so
+    /// these are only ranges that a child does not get, and would get then.
+    pub(super) fn split(self, n_calls: usize) -> (Self, Self) {
+        let n_each = |kind: Kind| match kind {
+            Kind::MissingAndWiped => 2,
+            Kind::SharedAndMissing => 0,
+            _ => 1,
+        };
+        let (missing, mut within): (Vec<_>, Vec<_>) =
+            self.ranges.into_iter().partition(|(_, kind)| *kind == Kind::Missing);
+        let n_taken: usize = within.iter().map(|(_, kind)| 2 * n_each(*kind)).sum();
+        let n_more = (n_calls.saturating_sub(n_taken) / 2).min(missing.len());
+        let mut missing = missing.into_iter();
+        within.extend(missing.by_ref().take(n_more));
+        (Self { ranges: within }, Self { ranges: missing.collect() })
+    }
+
     pub(super) fn n_ranges(&self) -> usize {
         self.ranges.len()
     }
@@ -101,5 +119,27 @@ impl Advised {
             .iter()
             .flat_map(|(range, kind)| advice(*kind).iter().map(move |advice| one(range, *advice)))
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn advised(kinds: &[(Kind, u64)]) -> Advised {
+        let ranges = kinds.iter().flat_map(|(kind, n)| (0..*n).map(|at| (at * 8192..at * 8192 + 4096, *kind)));
+        Advised { ranges: ranges.collect() }
+    }
+
+    #[test]
+    fn only_what_a_child_could_get_as_well_is_advised_apart() {
+        let (within, apart) = advised(&[(Kind::Wiped, 3), (Kind::Missing, 500), (Kind::Shared, 2)]).split(100);
+        assert_eq!((within.n_ranges(), within.before().len() + within.after().len()), (50, 100));
+        assert!(apart.n_ranges() == 455 && apart.ranges.iter().all(|(_, kind)| *kind == Kind::Missing));
+        let (within, apart) = advised(&[(Kind::MissingAndWiped, 30)]).split(100);
+        // More than there is room for: refused elsewhere.
+        assert_eq!((within.n_ranges(), within.before().len() + within.after().len(), apart.n_ranges()), (30, 120, 0));
+        let (within, apart) = advised(&[(Kind::Missing, 50)]).split(100);
+        assert_eq!((within.n_ranges(), apart.n_ranges()), (50, 0));
     }
 }

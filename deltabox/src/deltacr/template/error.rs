@@ -140,6 +140,36 @@ pub enum TemplateRefusal {
         /// Its host PID.
         pid: pid_t,
     },
+    /// Its parent is in another session than it was in, which it would inherit.
+    #[error("process {pid} cannot be made again in session {session}: its parent is not in it")]
+    Session {
+        /// As in its PID namespace.
+        pid: pid_t,
+        /// Its session, as there.
+        session: pid_t,
+    },
+    /// Nobody is in the process group that it was in.
+    #[error("process {pid} cannot be made again in process group {group}: nobody of its session is in it")]
+    Group {
+        /// As in its PID namespace.
+        pid: pid_t,
+        /// Its group, as there.
+        group: pid_t,
+    },
+    /// The kernel's own pages cannot be brought to where they were.
+    #[error("the kernel's pages of process {pid} are others than recorded")]
+    KernelsPages {
+        /// The process.
+        pid: pid_t,
+    },
+    /// It did not end as recorded, or its parent let nothing remain of it.
+    #[error("process {pid} cannot be made again as a zombie: {why}")]
+    Zombie {
+        /// As in its PID namespace.
+        pid: pid_t,
+        /// What stands in the way.
+        why: &'static str,
+    },
     /// It is not the recorded process, or not stopped.
     #[error("process {pid} is not stopped, or not the one whose threads were recorded")]
     Threads {

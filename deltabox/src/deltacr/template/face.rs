@@ -35,8 +35,12 @@ const CHOOSE_NUMBERS: u64 = 1 << 40 | 1 << 21;
 
 impl Face {
     pub(super) fn read(pid: pid_t, tid: pid_t) -> io::Result<Self> {
-        let text = fs::read(format!("/proc/{pid}/task/{tid}/status"))?;
-        Self::parse(&text).ok_or_else(|| io::ErrorKind::InvalidData.into())
+        Self::of(&fs::read(format!("/proc/{pid}/task/{tid}/status"))?)
+    }
+
+    /// From a `status` that was read.
+    pub(super) fn of(text: &[u8]) -> io::Result<Self> {
+        Self::parse(text).ok_or_else(|| io::ErrorKind::InvalidData.into())
     }
 
     fn parse(text: &[u8]) -> Option<Self> {
@@ -62,10 +66,15 @@ impl Face {
 
     /// Whether it may choose the numbers of threads and processes that it makes.
     pub(super) fn chooses_numbers(&self) -> bool {
-        let effective = self.rights.lines().find_map(|line| line.strip_prefix("CapEff:"));
-        let effective = effective.and_then(|value| u64::from_str_radix(value.trim(), 16).ok());
-        effective.is_some_and(|set| set & CHOOSE_NUMBERS != 0)
+        choose_numbers(&self.rights)
     }
+}
+
+/// Whether who has these rights may choose the numbers of what he makes.
+pub(super) fn choose_numbers(rights: &str) -> bool {
+    let effective = rights.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.and_then(|value| u64::from_str_radix(value.trim(), 16).ok());
+    effective.is_some_and(|set| set & CHOOSE_NUMBERS != 0)
 }
 
 /// Takes back what seq_escape_str of the kernel has done to line ends and backslashes.

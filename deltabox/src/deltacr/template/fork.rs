@@ -5,7 +5,8 @@
 //! child C                                              born into the live cgroup, halted
 //!   close_range; setsid; mappings that a child does not get as they were; threads
 //! ```
-//! Only a process that is a child of init and leads its session is made so: C has T's parent, and begins a session.
+//! Only a child of init is made so: C has T's parent. It begins a session, or is in one whose leader had ended: then T
+//! makes a leader of that number first, which makes C and ends.
 //!
 //! T never runs a step of its own. Its next one is to end, and while its cgroup is thawed the kernel kills it with the
 //! engine (PTRACE_O_EXITKILL), so an engine that dies leaves it frozen or dead; a cgroup that is not frozen holds no
@@ -28,7 +29,8 @@ use super::freezer::allow_writing;
 use super::make::denied;
 use super::remove::Template;
 use super::restore::{Past, Report, Room, plan_mappings};
-use super::threads::{Cast, NUMBER_PATIENCE};
+use super::thread::Record;
+use super::threads::{Cast, NUMBER_PATIENCE, NUMBER_TICK};
 use crate::deltacr::area;
 use crate::deltacr::births::Births;
 use crate::deltacr::error::StopError;
@@ -55,7 +57,7 @@ const CLONE: u64 = 256;
 const CONTROL: u64 = 512;
 
 /// Makes a process again that has ended, from its template, in the cgroup at `live`; its host PID. It has its memory,
-/// threads, number, and a session of its own; it has no descriptors, and the template's signal actions, limits and
+/// threads, number, and is in `session`, whose leader has ended, else its own; it has no descriptors, and the template's signal actions, limits and
 /// places, which are those that it had. It is among the stopped ones.
 ///
 /// # Errors
@@ -64,14 +66,15 @@ pub fn restore_by_fork(
     stopped: &mut Stopped,
     template: &Template,
     past: &Past<'_>,
+    session: Option<pid_t>,
     live: &Path,
 ) -> Result<pid_t, TemplateError> {
-    check_all(template, past)?;
+    check_fork(template, past)?;
     let group = |source| TemplateError::Group { op: "open", path: live.to_owned(), source };
     let directory = File::open(live).map_err(group)?;
     allow_writing(&live.join("cgroup.procs")).map_err(group)?;
     seize(stopped, template, past.memory.area.start)?;
-    let forked = fork(stopped, template, past, directory.as_fd());
+    let forked = fork(stopped, template, past, session, directory.as_fd());
     let let_go = let_go(stopped, template);
     let pid = forked?;
     let made = let_go.and_then(|()| furnish(stopped, pid, past));
@@ -82,7 +85,10 @@ pub fn restore_by_fork(
 }
 
 /// What can be known before anything happens.
-fn check_all(template: &Template, past: &Past<'_>) -> Result<(), TemplateError> {
+///
+/// # Errors
+/// There is no way by a fork.
+pub(in crate::deltacr) fn check_fork(template: &Template, past: &Past<'_>) -> Result<(), TemplateError> {
     let pid = template.pid();
     if !template.lives()? {
         return Err(TemplateRefusal::TemplateGone { pid }.into());
@@ -140,7 +146,7 @@ fn halt_it(stopped: &mut Stopped, pid: pid_t) -> Result<(), TemplateError> {
 
 fn alone(pid: pid_t, registers: Registers) -> Process {
     let thread = Thread { tid: pid, registers, group_stopped: false, interrupted: true, halted: true };
-    Process { pid, threads: vec![thread], ends_with_engine: true }
+    Process { pid, threads: vec![thread], ends_with_engine: true, told: Default::default() }
 }
 
 /// Has the template make the process.
@@ -148,29 +154,59 @@ fn fork(
     stopped: &mut Stopped,
     template: &Template,
     past: &Past<'_>,
+    session: Option<pid_t>,
     live: BorrowedFd<'_>,
 ) -> Result<pid_t, TemplateError> {
     let failed = process::<io::Error>("fork the template", template.pid());
     let Some(leader) = past.threads.leader() else {
         return Err(TemplateRefusal::Threads { pid: template.pid() }.into());
     };
+    let session = session.unwrap_or(leader.tid);
     let kills = ptrace::Options::PTRACE_O_EXITKILL;
     ptrace::setoptions(Pid::from_raw(template.pid()), kills).map_err(|error| failed(error.into()))?;
     template.freezer().thaw()?;
     fault::point("fork.thawed").map_err(failed)?;
     let mut hand = stopped.hand(template.pid())?;
-    let born = hand_over(&mut hand, live).and_then(|group| bear(&mut hand, group, leader.tid));
+    let born = hand_over(&mut hand, live).and_then(|group| bear(&mut hand, Some(group), session));
     // It must own nothing, whatever happened.
     let closed = hand.call(libc::SYS_close_range, [0, u32::MAX.into(), 0, 0, 0, 0]);
     let left = hand.close();
     let pid = born?;
+    stopped.born.push(session);
     stopped.processes.push(alone(pid, leader.registers()));
     let kept = closed.map_err(TemplateError::from).and_then(|result| check(template.pid(), "close_range", result));
     let kept = kept.and(left.map_err(TemplateError::from)).and(fault::point("fork.born").map_err(failed));
-    if kept.is_err() {
+    // What was born with the session's number leads it, and is the process or makes it.
+    let kept = kept.and_then(|()| begin_session(stopped, pid));
+    let kept = kept.and_then(|()| if session == leader.tid { Ok(pid) } else { bear_orphan(stopped, pid, leader) });
+    if !matches!(kept, Ok(made) if made == pid) {
         put_down(stopped, pid);
     }
-    kept.map(|()| pid)
+    kept
+}
+
+fn begin_session(stopped: &mut Stopped, pid: pid_t) -> Result<(), TemplateError> {
+    let mut hand = stopped.hand(pid)?;
+    let begin = [call(libc::SYS_close_range, &[0, u32::MAX.into(), 0]), call(libc::SYS_setsid, &[])];
+    let results = hand.run(&begin)?;
+    hand.close()?;
+    check(pid, "close_range", results[0])?;
+    check(pid, "setsid", results[1])
+}
+
+/// Has a session's leader make the process, which gets the leader's parent.
+fn bear_orphan(stopped: &mut Stopped, leader: pid_t, record: &Record) -> Result<pid_t, TemplateError> {
+    let mut hand = stopped.hand(leader)?;
+    let born = bear(&mut hand, None, record.tid);
+    let left = hand.close();
+    let pid = born?;
+    stopped.born.push(record.tid);
+    stopped.processes.push(alone(pid, record.registers()));
+    if let Err(error) = left {
+        put_down(stopped, pid);
+        return Err(error.into());
+    }
+    Ok(pid)
 }
 
 /// Gives the template the cgroup's descriptor; its number there.
@@ -206,12 +242,13 @@ fn hand_over(hand: &mut Hand<'_>, live: BorrowedFd<'_>) -> Result<u64, TemplateE
     }
 }
 
-fn bear(hand: &mut Hand<'_>, group: u64, number: pid_t) -> Result<pid_t, TemplateError> {
+/// Into that cgroup, or its maker's.
+fn bear(hand: &mut Hand<'_>, group: Option<u64>, number: pid_t) -> Result<pid_t, TemplateError> {
     let data = hand.scratch().start;
     hand.write(data + NUMBER, &number.to_le_bytes())?;
     // What the parent is sent at its end is as with the template: SIGCHLD.
     let flags = libc::CLONE_PARENT.cast_unsigned().into();
-    let child = CloneCall { flags, set_tid: data + NUMBER, cgroup: Some(group), ..CloneCall::default() }.bytes();
+    let child = CloneCall { flags, set_tid: data + NUMBER, cgroup: group, ..CloneCall::default() }.bytes();
     let make = [call(libc::SYS_clone3, &[data + CLONE, CloneCall::LEN_BYTES as u64])];
     let deadline = Instant::now() + NUMBER_PATIENCE;
     loop {
@@ -220,7 +257,7 @@ fn bear(hand: &mut Hand<'_>, group: u64, number: pid_t) -> Result<pid_t, Templat
             return Ok(*pid);
         }
         match errno(results[0]) {
-            Some(libc::EEXIST) if Instant::now() < deadline => std::thread::yield_now(),
+            Some(libc::EEXIST) if Instant::now() < deadline => std::thread::sleep(NUMBER_TICK),
             Some(errno) => return Err(denied(hand.pid(), "clone3", errno, number)),
             None => return Err(TemplateRefusal::TemplateGone { pid: hand.pid() }.into()),
         }
@@ -249,12 +286,6 @@ fn let_go(stopped: &mut Stopped, template: &Template) -> Result<(), TemplateErro
 
 /// Makes a newborn what it was.
 fn furnish(stopped: &mut Stopped, pid: pid_t, past: &Past<'_>) -> Result<(), TemplateError> {
-    let mut hand = stopped.hand(pid)?;
-    let begin = [call(libc::SYS_close_range, &[0, u32::MAX.into(), 0]), call(libc::SYS_setsid, &[])];
-    let results = hand.run(&begin)?;
-    check(pid, "close_range", results[0])?;
-    check(pid, "setsid", results[1])?;
-    hand.close()?;
     // Advice that a child does not get is said again, locks are found missing.
     let (room, first) = plan_mappings(stopped, pid, past)?;
     let mut hand = stopped.hand(pid)?;

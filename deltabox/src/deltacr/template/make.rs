@@ -7,6 +7,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use libc::pid_t;
+use nix::sched::sched_setaffinity;
+use nix::unistd::Pid;
 
 use super::advise::Advised;
 use super::error::{TemplateError, TemplateRefusal, check, errno, process};
@@ -144,11 +146,12 @@ fn make_below(
     let before = Counts::read(pid).map_err(process("read the state of", pid))?;
     let (brk, is_subreaper) = ask(&mut hand)?;
     reapers.remember(pid, is_subreaper);
-    let careful = request.careful || before.locked_bytes > 0 || has_shared_writable(pid)?;
+    let needs_care = request.careful || hand.stopped.kept.careful.contains(&pid);
+    let careful = needs_care || before.locked_bytes > 0 || has_shared_writable(pid)?;
     let mut outline = Outline { pid, mappings: None, area: hand.area(), brk, is_subreaper };
     let mut freezer = freezer;
     if !careful {
-        let template = clone(&mut hand, freezer, request, &Advised::none(), is_subreaper)?;
+        let template = clone(&mut hand, freezer, request, Advised::none(), is_subreaper)?;
         let copied = Counts::read(template.pid()).map_err(process("read the state of", template.pid()))?;
         // What the calls needed came before the copy.
         let own = Counts::read(pid).map_err(process("read the state of", pid))?;
@@ -157,7 +160,8 @@ fn make_below(
             hand.close()?;
             return Ok((template, outline));
         }
-        // Something did not come along. Numbers are free once it is reaped.
+        // Something did not come along, nor would it the next time. Numbers are free once it is reaped.
+        hand.stopped.kept.careful.push(pid);
         freezer = if request.numbers.is_some() {
             template.kill_and_wait(END_PATIENCE)?
         } else {
@@ -166,11 +170,15 @@ fn make_below(
     }
     let mappings = read_smaps(pid).map_err(process("read the mappings of", pid))?;
     let advised = Advised::find(pid, &mappings)?;
-    let template = clone(&mut hand, freezer, request, &advised, is_subreaper)?;
+    if advised.n_ranges() == 0 {
+        hand.stopped.kept.careful.retain(|other| *other != pid);
+    }
+    let left_out_bytes = advised.left_out_bytes();
+    let template = clone(&mut hand, freezer, request, advised, is_subreaper)?;
     let copied = Counts::read(template.pid()).map_err(process("read the state of", template.pid()))?;
     adopted(&template, pid, copied, request)?;
     // Pages may have been given up since (MADV_FREE); mappings may not.
-    if copied.mapped_bytes + advised.left_out_bytes() != before.mapped_bytes {
+    if copied.mapped_bytes + left_out_bytes != before.mapped_bytes {
         let start = mappings.first().map_or(0, |mapping| mapping.start);
         return Err(TemplateRefusal::Mapping { pid, kind: "something that cannot be copied", start }.into());
     }
@@ -203,7 +211,7 @@ fn refuse_shared_memory(stopped: &Stopped, pid: pid_t) -> Result<(), TemplateErr
 }
 
 /// The end of the heap, and whether orphans become its children.
-fn ask(hand: &mut Hand<'_>) -> Result<(u64, bool), TemplateError> {
+pub(super) fn ask(hand: &mut Hand<'_>) -> Result<(u64, bool), TemplateError> {
     let flag = hand.area().start + DATA as u64 + FLAG;
     let reaper = libc::PR_GET_CHILD_SUBREAPER.cast_unsigned().into();
     let results = hand.run(&[call(libc::SYS_brk, &[0]), call(libc::SYS_prctl, &[reaper, flag])])?;
@@ -229,8 +237,38 @@ fn has_shared_writable(pid: pid_t) -> Result<bool, TemplateError> {
     Ok(false)
 }
 
-/// The double fork.
+/// Calls around the clone that are not advice: the clone, the wait, the subreaper off and on.
+const N_OTHER_CALLS: usize = 4;
+
+/// The double fork, within the advice that it needs.
 fn clone(
+    hand: &mut Hand<'_>,
+    freezer: Freezer,
+    request: &Request,
+    advised: Advised,
+    is_subreaper: bool,
+) -> Result<Template, TemplateError> {
+    let (within, apart) = advised.split(N_CALLS - N_OTHER_CALLS);
+    let ahead = advise(hand, &apart.before());
+    let cloned = ahead.and_then(|()| clone_within(hand, freezer, request, &within, is_subreaper));
+    let template = match advise(hand, &apart.after()) {
+        Ok(()) => cloned?,
+        Err(error) => {
+            if let Ok(template) = cloned {
+                drop(template.kill(END_PATIENCE));
+            }
+            return Err(error);
+        }
+    };
+    Ok(template)
+}
+
+fn advise(hand: &mut Hand<'_>, calls: &[Call]) -> Result<(), TemplateError> {
+    let pid = hand.pid();
+    hand.run(calls)?.into_iter().try_for_each(|result| check(pid, "madvise", result))
+}
+
+fn clone_within(
     hand: &mut Hand<'_>,
     freezer: Freezer,
     request: &Request,
@@ -274,7 +312,13 @@ fn clone(
     undone.copied().try_for_each(|result| check(pid, "madvise or prctl", result))?;
     fault::point("template.cloned").map_err(process("make a template of", pid))?;
     match Template::find(freezer)? {
-        Ok(template) => Ok(template),
+        Ok(template) => {
+            if let Some(cpus) = ran.cpus {
+                // Should it fail: whoever is made from it gets what its record says all the same.
+                let _ = sched_setaffinity(Pid::from_raw(template.pid()), &cpus);
+            }
+            Ok(template)
+        }
         Err(_) => Err(TemplateRefusal::TemplateGone { pid }.into()),
     }
 }

@@ -118,10 +118,12 @@ impl Mapping {
         self.inode != 0
     }
 
-    /// Says of shared mappings of files on devices (the kernel's numbers of them) that they are in the tree.
+    /// Says of shared mappings of files on devices (the kernel's numbers of them) that they are in the tree, unless those
+    /// have no name there (any more).
     pub(super) fn mark_tree(mappings: &mut [Self], devices: &[u64]) {
         for one in mappings.iter_mut().filter(|one| one.shared && one.has_file()) {
-            one.in_tree = devices.contains(&(u64::from(one.device.0) << 20 | u64::from(one.device.1)));
+            let is_there = devices.contains(&(u64::from(one.device.0) << 20 | u64::from(one.device.1)));
+            one.in_tree = is_there && !one.name.ends_with(" (deleted)");
         }
     }
 

@@ -9,7 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{TemplateError, process};
 use super::mapping::{Advice, Mapping, parse_kilobytes, read_smaps};
+use super::pages::look_ahead;
 use super::remove::Template;
+use super::source::Source;
 
 /// What a process had mapped when its template was made.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,6 +66,9 @@ impl Outline {
             None => read_smaps(pid).map_err(process("read the mappings of", pid))?,
         };
         without(&mut mappings, &self.area);
+        // Ahead of the first return: that would wait for it.
+        let looked = Source::of(template).and_then(|source| look_ahead(&source, &mappings));
+        looked.map_err(process("look at the pages of", pid))?;
         let sections = Sections::read(pid).map_err(process("read the state of", pid))?;
         Ok(Memory { mappings, area: self.area, brk: self.brk, sections })
     }
@@ -130,6 +135,13 @@ impl Sections {
             arguments: (field(48)?, field(49)?),
             environment: (field(50)?, field(51)?),
         })
+    }
+}
+
+impl Memory {
+    /// Whether a process still runs the program that it ran then: exec gives it other addresses.
+    pub(in crate::deltacr) fn is_of(&self, pid: pid_t) -> io::Result<bool> {
+        Ok(Sections::read(pid)? == self.sections)
     }
 }
 

@@ -9,14 +9,17 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 
+use super::compare::{compare, look, parts, push};
 use super::mapping::{Advice, Mapping};
-use super::source::{PAGE_BYTES, Pages, len_of};
+use super::source::{PAGE_BYTES, Pages, Source, len_of};
 
 /// Bytes on their way at once (chosen: they stay in the cache).
 const BUFFER_BYTES: u64 = 256 * 1024;
-/// Entries read at once (chosen): 2 MB of pages each.
-const ENTRIES_BYTES: u64 = 512 * PAGE_BYTES;
+
+/// As much is looked at twice rather than asked about in two calls (chosen: 16 pages cost a microsecond, as a call does).
+const TAKEN_ALONG_BYTES: u64 = 16 * PAGE_BYTES;
 
 /// What differs.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -36,36 +39,75 @@ fn is_restored(mapping: &Mapping) -> bool {
 }
 
 /// Compares all pages of `mappings`.
-pub(super) fn find(wanted: &Pages, present: &Pages, mappings: &[Mapping]) -> io::Result<Differences> {
+///
+/// The entries of those are read on both sides; where there are none, only what the process has of its own is looked
+/// for. To look for it everywhere took two thirds of the time: either way the kernel touches what it keeps of each page.
+pub(super) fn find(source: &Source, present: &Arc<Pages>, mappings: &[Mapping]) -> io::Result<Differences> {
     let mut differences = Differences::default();
     let spans = spans(mappings);
-    let (Some(first), Some(last)) = (spans.first(), spans.last()) else { return Ok(differences) };
-    let whole = first.start..last.end;
-    let had = within(&wanted.scan_own(whole.clone())?, &spans);
-    let has = within(&present.scan_own(whole)?, &spans);
-    let both = within(&had, &has);
-    differences.dropped = without(&has, &had);
-    differences.copied = without(&had, &has);
-    let (mut left, mut right) = (Vec::new(), Vec::new());
-    for range in both {
-        let mut at = range.start;
-        while at < range.end {
-            let part = at..range.end.min(at + ENTRIES_BYTES);
-            wanted.read_entries(&part, &mut left)?;
-            present.read_entries(&part, &mut right)?;
-            for (page, (left, right)) in (0..).zip(left.iter().zip(&right)) {
-                if left.is_shared_with(*right) {
-                    differences.n_equal += 1;
-                } else {
-                    let page = part.start + page * PAGE_BYTES;
-                    push(&mut differences.copied, page..page + PAGE_BYTES);
-                }
-            }
-            at = part.end;
+    let had = within(&own(source, &spans)?, &spans);
+    let found = compare(source.pages(), present, &had)?;
+    for window in windows(&spans, &had) {
+        differences.dropped.extend(without(&present.scan_own(window)?, &had));
+    }
+    (differences.copied, differences.n_equal) = (found.written, found.n_equal);
+    Ok(differences)
+}
+
+/// The pages that both have and that are not one, if they have the same, and at most `most` bytes of them are not one.
+pub(super) fn find_few(
+    source: &Source,
+    present: &Pages,
+    mappings: &[Mapping],
+    most: usize,
+) -> io::Result<Option<Vec<Range<u64>>>> {
+    let spans = spans(mappings);
+    let had = within(&own(source, &spans)?, &spans);
+    let mut written = Vec::new();
+    for part in parts(&had) {
+        written.extend(look(source.pages(), present, &part)?.written);
+        if len_of(&written) > most {
+            return Ok(None);
         }
     }
-    differences.copied.sort_unstable_by_key(|range| range.start);
-    Ok(differences)
+    for span in &spans {
+        let own = present.scan_own(span.clone())?;
+        if !without(&own, &had).is_empty() || !without(&within(&had, std::slice::from_ref(span)), &own).is_empty() {
+            return Ok(None);
+        }
+    }
+    Ok(Some(written))
+}
+
+/// Looks ahead which pages the checkpoint has of its own: [`find`] need not.
+pub(super) fn look_ahead(source: &Source, mappings: &[Mapping]) -> io::Result<()> {
+    own(source, &spans(mappings)).map(drop)
+}
+
+fn own(source: &Source, spans: &[Range<u64>]) -> io::Result<Arc<[Range<u64>]>> {
+    match (spans.first(), spans.last()) {
+        (Some(first), Some(last)) => source.own(first.start..last.end),
+        _ => Ok(Arc::default()),
+    }
+}
+
+/// Ranges within `spans` that together hold all of it that is not in `had`: one call for each, so that a little of what is
+/// in `had` is taken along.
+fn windows(spans: &[Range<u64>], had: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut windows: Vec<Range<u64>> = Vec::new();
+    let mut span = spans.iter();
+    let mut span_end = 0;
+    for gap in without(spans, had) {
+        match windows.last_mut() {
+            Some(last) if gap.end <= span_end && gap.start - last.end <= TAKEN_ALONG_BYTES => last.end = gap.end,
+            _ => windows.push(gap.clone()),
+        }
+        while span_end < gap.end {
+            let Some(next) = span.next() else { break };
+            span_end = next.end;
+        }
+    }
+    windows
 }
 
 /// Copies ranges from one to the other.
@@ -103,13 +145,6 @@ fn spans(mappings: &[Mapping]) -> Vec<Range<u64>> {
         push(&mut spans, mapping.range());
     }
     spans
-}
-
-fn push(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
-    match ranges.last_mut() {
-        Some(last) if last.end == range.start => last.end = range.end,
-        _ => ranges.push(range),
-    }
 }
 
 /// What two sorted lists have in common.
@@ -177,6 +212,12 @@ mod tests {
             for at in 0..120 {
                 prop_assert_eq!(holds(&common, at), holds(&left, at) && holds(&right, at));
                 prop_assert_eq!(holds(&rest, at), holds(&left, at) && !holds(&right, at));
+            }
+            let windows = windows(&left, &right);
+            for at in 0..120 {
+                let is_needed = holds(&left, at) && !holds(&right, at);
+                prop_assert!(!is_needed || holds(&windows, at));
+                prop_assert!(!holds(&windows, at) || holds(&left, at));
             }
             for list in [common, rest] {
                 prop_assert!(list.windows(2).all(|pair| pair[0].end < pair[1].start));

@@ -98,7 +98,7 @@ pub(super) fn whole(
 
 fn refuse_lost(pid: pid_t, was: &Mapping, has_file: &dyn Fn(&Mapping) -> bool) -> Result<(), TemplateRefusal> {
     let is_elsewhere = was.has(Advice::SharedWritable) && !has_file(was);
-    if was.is_kernels() || is_elsewhere || was.has(Advice::Special) || was.name == "[stack]" {
+    if was.is_kernels() || is_elsewhere || was.has(Advice::Special) {
         return Err(lost(pid, was));
     }
     Ok(())
@@ -107,7 +107,6 @@ fn refuse_lost(pid: pid_t, was: &Mapping, has_file: &dyn Fn(&Mapping) -> bool) -
 fn lost(pid: pid_t, mapping: &Mapping) -> TemplateRefusal {
     let kind = match mapping {
         _ if mapping.is_kernels() => "pages of the kernel",
-        _ if mapping.name == "[stack]" => "its stack",
         _ => "shared memory",
     };
     TemplateRefusal::Lost { pid, kind, start: mapping.start }
@@ -250,7 +249,8 @@ mod tests {
         assert_eq!(steps(&[stack(70)], &[stack(80)]), [(70..80, Step::Grow)]);
         assert_eq!(steps(&[stack(80)], &[stack(70)]), [(70..80, Step::Unmap)]);
         assert_eq!(plan(1, &[mapping(10, 20, 3)], &[mapping(10, 15, 3)], &(10..20), &|_| false), Ok(vec![]));
-        assert!(plan(1, &[stack(80)], &[], &(0..0), &|_| false).is_err());
+        // Where no part of it is left it is made like any other.
+        assert_eq!(steps(&[stack(80)], &[]), [(80..90, Step::Map(Box::new(stack(80))))]);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use libc::pid_t;
@@ -9,14 +10,17 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::error::{TemplateError, TemplateRefusal, process};
 use super::freezer::Freezer;
+use super::gauge::Gauge;
+use super::source::{OwnPages, Pages};
 use crate::sys::process::{pidfd_open, pidfd_send_signal};
 
 /// A frozen copy of a process. It outlives this handle, and the engine.
 #[derive(Debug)]
 pub struct Template {
     pid: pid_t,
-    pidfd: OwnedFd,
+    pidfd: Arc<OwnedFd>,
     freezer: Freezer,
+    own: Arc<OwnPages>,
 }
 
 impl Template {
@@ -28,12 +32,12 @@ impl Template {
         match freezer.processes()?.as_slice() {
             [] => Ok(Err(freezer)),
             &[pid] => {
-                let pidfd = pidfd_open(pid).map_err(process("open", pid))?;
+                let pidfd = Arc::new(pidfd_open(pid).map_err(process("open", pid))?);
                 // The number may have passed to another between the two steps; then it is not here any more.
                 if freezer.processes()? != [pid] {
                     return Ok(Err(freezer));
                 }
-                Ok(Ok(Self { pid, pidfd, freezer }))
+                Ok(Ok(Self { pid, pidfd, freezer, own: Arc::default() }))
             }
             many => Err(TemplateRefusal::Occupied { n_processes: many.len() }.into()),
         }
@@ -47,6 +51,16 @@ impl Template {
     /// Its cgroup.
     pub fn freezer(&self) -> &Freezer {
         &self.freezer
+    }
+
+    /// What tells its weight.
+    pub fn gauge(&self) -> Gauge {
+        Gauge::of(self.pid, Arc::clone(&self.pidfd))
+    }
+
+    /// Where its pages are found, and what is known of them.
+    pub(super) fn pages(&self) -> io::Result<(Pages, Arc<OwnPages>)> {
+        Ok((Pages::of(self.pid)?, self.own.clone()))
     }
 
     /// Whether it lives (it may have been killed from outside).

@@ -11,6 +11,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use libc::pid_t;
@@ -94,20 +95,56 @@ pub(in crate::deltacr) struct Tree<'a> {
     pub(in crate::deltacr) root: &'a Root,
 }
 
+/// What is to be done first to a process's mappings, to be found out while nothing has changed.
+///
+/// # Errors
+/// Something cannot be mapped again.
+pub(in crate::deltacr) fn plan_in_place(
+    stopped: &mut Stopped,
+    pid: pid_t,
+    past: &Past<'_>,
+) -> Result<First, TemplateError> {
+    plan_mappings(stopped, pid, past).map(|(_, first)| first)
+}
+
+/// Fails if something cannot be mapped again that one who is rebuilt had.
+///
+/// # Errors
+/// What.
+pub(in crate::deltacr) fn check_rebuild(past: &Past<'_>) -> Result<(), TemplateError> {
+    Room::check_empty(past, past.source.pid())
+}
+
 /// Gives a stopped process the memory and the registers again that it had.
 ///
 /// # Errors
 /// `Refused` with `Threads` or `Lost`: it is unchanged. Anything else: it is neither what it was nor what it should
 /// be, and must not be let go.
 pub fn restore_in_place(stopped: &mut Stopped, pid: pid_t, past: &Past<'_>) -> Result<Report, TemplateError> {
+    restore_as_planned(stopped, pid, past, None)
+}
+
+/// The same; `first` if it is known what has to be done.
+///
+/// # Errors
+/// As [`restore_in_place`].
+pub(in crate::deltacr) fn restore_as_planned(
+    stopped: &mut Stopped,
+    pid: pid_t,
+    past: &Past<'_>,
+    first: Option<First>,
+) -> Result<Report, TemplateError> {
     let begin = Instant::now();
-    let Past { source, threads, .. } = *past;
+    let threads = past.threads;
     let mut cast = threads.cast(stopped, pid)?;
     threads.bear(stopped, pid, &mut cast)?;
     let (n_made_threads, n_ended_threads) = cast.counts();
     let n_threads = threads.n_threads();
     let mut report = Report { n_threads, n_made_threads, n_ended_threads, ..Report::default() };
-    let planned = plan_mappings(stopped, pid, past);
+    let planned = match first {
+        Some(first) => Room::of(stopped, pid, past).map(|room| (room, first)),
+        None => plan_mappings(stopped, pid, past),
+    };
     if planned.is_err() {
         // The first failure is the one to report.
         let _ = cast.unmake(stopped, pid);
@@ -116,13 +153,35 @@ pub fn restore_in_place(stopped: &mut Stopped, pid: pid_t, past: &Past<'_>) -> R
     // With their memory: the kernel writes to that of threads that run, injected calls or not.
     cast.part(stopped, pid)?;
     threads.unregister(stopped, pid, &cast)?;
+    put_memory(stopped, past, &room, first, (begin, &mut report))?;
+    threads.put_back(stopped, pid, &cast)?;
+    Ok(report)
+}
+
+/// Gives a process that has nothing but the kernel's pages and the engine's area its memory.
+pub(super) fn furnish_memory(stopped: &mut Stopped, pid: pid_t, past: &Past<'_>) -> Result<Report, TemplateError> {
+    let begin = Instant::now();
+    let mut report = Report::default();
+    let (room, first) = plan_mappings(stopped, pid, past)?;
+    put_memory(stopped, past, &room, first, (begin, &mut report))?;
+    Ok(report)
+}
+
+fn put_memory(
+    stopped: &mut Stopped,
+    past: &Past<'_>,
+    room: &Room<'_>,
+    first: First,
+    (begin, report): (Instant, &mut Report),
+) -> Result<(), TemplateError> {
+    let (pid, source) = (room.pid, past.source);
     let mut hand = stopped.hand(pid)?;
-    room.put_mappings(&mut hand, source, first, &mut report)?;
+    room.put_mappings(&mut hand, source, first, report)?;
     report.mappings = begin.elapsed();
     let begin = Instant::now();
-    let present = Pages::of(pid).map_err(process("open the memory of", pid))?;
+    let present = Arc::new(Pages::of(pid).map_err(process("open the memory of", pid))?);
     let wanted: Vec<Mapping> = room.wanted();
-    let differences = pages::find(source.pages(), &present, &wanted).map_err(process("compare the pages of", pid))?;
+    let differences = pages::find(source, &present, &wanted).map_err(process("compare the pages of", pid))?;
     report.comparison = begin.elapsed();
     let begin = Instant::now();
     drop_pages(&mut hand, &wanted, &differences.dropped)?;
@@ -133,8 +192,7 @@ pub fn restore_in_place(stopped: &mut Stopped, pid: pid_t, past: &Past<'_>) -> R
     report.n_copied_pages = n_pages(&differences.copied);
     report.n_dropped_pages = n_pages(&differences.dropped);
     report.pages = begin.elapsed();
-    threads.put_back(stopped, pid, &cast)?;
-    Ok(report)
+    Ok(())
 }
 
 /// What is to be done first. The process is unchanged.
@@ -143,11 +201,8 @@ pub(super) fn plan_mappings<'a>(
     pid: pid_t,
     past: &Past<'a>,
 ) -> Result<(Room<'a>, First), TemplateError> {
+    let room = Room::of(stopped, pid, past)?;
     let mut hand = stopped.hand(pid)?;
-    let Past { memory, files, .. } = *past;
-    let locks = memory.mappings.iter().any(|one| one.has(Advice::Locked));
-    let counts = Counts::read(pid).map_err(process("read the state of", pid))?;
-    let room = Room { pid, area: hand.area(), memory, is_careful: locks || counts.locked_bytes > 0, files };
     let first = room.plan_first(&mut hand)?;
     hand.close()?;
     Ok((room, first))
@@ -168,15 +223,49 @@ pub(super) struct Room<'a> {
     files: Option<Files<'a>>,
 }
 
+/// Each with the advice that it had then. Neighbours that were advised otherwise may have become one: they are several
+/// again, or what differed between them would be taken to differ still, and advising it would change nothing.
+fn taken_as_then(present: Vec<Mapping>, then: &[Mapping]) -> Vec<Mapping> {
+    let mut taken = Vec::with_capacity(present.len());
+    for one in present {
+        let first = then.partition_point(|was| was.end <= one.start);
+        let within = then[first..].iter().take_while(|was| was.start < one.end);
+        let mut parts = within.filter(|was| was.shows_the_same(&one)).peekable();
+        let mut at = one.start;
+        // A stack has grown downwards: what lies below the first part is as that.
+        while let Some(part) = parts.next() {
+            let end = parts.peek().map_or(one.end, |next| next.start);
+            let offset_bytes = one.offset_bytes + if one.has_file() { at - one.start } else { 0 };
+            taken.push(Mapping { start: at, end, offset_bytes, advice: part.advice.clone(), ..one.clone() });
+            at = end;
+        }
+        if at < one.end {
+            taken.push(Mapping { start: at, advice: Default::default(), ..one });
+        }
+    }
+    taken
+}
+
 /// The first look, and what follows from it.
-pub(super) struct First {
+#[derive(Debug)]
+pub(in crate::deltacr) struct First {
     present: Vec<Mapping>,
     steps: Vec<(Range<u64>, Step)>,
     /// The end of the heap now and then.
     heap: Range<u64>,
 }
 
-impl Room<'_> {
+impl<'a> Room<'a> {
+    fn of(stopped: &mut Stopped, pid: pid_t, past: &Past<'a>) -> Result<Self, TemplateError> {
+        let hand = stopped.hand(pid)?;
+        let area = hand.area();
+        hand.close()?;
+        let Past { memory, files, .. } = *past;
+        let locks = memory.mappings.iter().any(|one| one.has(Advice::Locked));
+        let counts = Counts::read(pid).map_err(process("read the state of", pid))?;
+        Ok(Self { pid, area, memory, is_careful: locks || counts.locked_bytes > 0, files })
+    }
+
     fn wanted(&self) -> Vec<Mapping> {
         let mut wanted = self.memory.mappings.clone();
         without(&mut wanted, &self.area);
@@ -194,12 +283,7 @@ impl Room<'_> {
             shared.name_as_then(&mut present);
         }
         if !self.is_careful {
-            for one in &mut present {
-                // A stack has grown downwards.
-                let at = |at: u64| covering(&self.memory.mappings, at).filter(|was| was.shows_the_same(one));
-                let was = at(one.start).or_else(|| at(one.end - 1));
-                one.advice = was.map(|was| was.advice.clone()).unwrap_or_default();
-            }
+            present = taken_as_then(present, &self.memory.mappings);
         }
         without(&mut present, &self.area);
         Ok(present)
@@ -238,6 +322,16 @@ impl Room<'_> {
         // What was advised is the template's own affair.
         let room = Room { pid: template, area: memory.area.clone(), memory, is_careful: false, files };
         plan(template, &room.wanted(), &room.present()?, &(0..0), &|mapping| room.has_file_for(mapping))?;
+        Ok(())
+    }
+
+    /// Fails if something cannot be mapped again in a process that has nothing but the kernel's pages.
+    pub(super) fn check_empty(past: &Past<'_>, pid: pid_t) -> Result<(), TemplateError> {
+        let Past { memory, files, .. } = *past;
+        let room = Room { pid, area: memory.area.clone(), memory, is_careful: false, files };
+        let wanted = room.wanted();
+        let present: Vec<Mapping> = wanted.iter().filter(|mapping| mapping.is_kernels()).cloned().collect();
+        plan(pid, &wanted, &present, &(0..0), &|mapping| room.has_file_for(mapping))?;
         Ok(())
     }
 

@@ -13,14 +13,13 @@ use crate::deltacr::handover::call;
 use crate::deltacr::inject::Call;
 use crate::deltacr::rseq::leave_critical_section;
 use crate::deltacr::stop::{Stopped, Thread};
+use crate::deltacr::told::PR_GET_TID_ADDRESS;
 use crate::sys::process::CloneCall;
 use crate::sys::ptrace::{
     RseqConfiguration, get_robust_list, get_rseq_configuration, get_signal_mask, get_xstate, set_signal_mask,
     set_xstate,
 };
 
-/// prctl's number for asking where the kernel clears a thread's number at its end; the libc crate lacks it.
-const PR_GET_TID_ADDRESS: u64 = 40;
 /// rseq's flag to give up a registration.
 const RSEQ_UNREGISTER: u64 = 1;
 const N_REGISTERS: usize = 27;
@@ -68,14 +67,19 @@ impl Rseq {
 impl Record {
     pub(super) fn read(stopped: &mut Stopped, pid: pid_t, tid: pid_t) -> Result<Self, TemplateError> {
         let failed = process("read registers of", pid);
-        let Face { inside, name, rights } = Face::read(pid, tid).map_err(failed)?;
+        let told = stopped.take_told(pid, tid);
+        let face = told.as_ref().map_or_else(|| Face::read(pid, tid), |(_, status)| Face::of(status));
+        let Face { inside, name, rights } = face.map_err(failed)?;
         let mask = get_signal_mask(tid).map_err(failed)?;
         let mut xstate = vec![0; XSTATE_MAX_BYTES];
         let xstate_bytes = get_xstate(tid, &mut xstate).map_err(failed)?;
         let used = xstate[..xstate_bytes].iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
         xstate.truncate(used);
         let (rseq, robust_list) = (Rseq::of(tid).map_err(failed)?, get_robust_list(tid).map_err(failed)?);
-        let clear_tid = read_clear_tid(stopped, pid, tid)?;
+        let clear_tid = match told {
+            Some((clear_tid, _)) => clear_tid,
+            None => read_clear_tid(stopped, pid, tid)?,
+        };
         // After the hand: that may have led the thread out of a restartable sequence.
         let mut registers = zero_registers();
         if let Some(thread) = find(stopped, pid, tid) {
@@ -160,6 +164,7 @@ impl Record {
 
     fn make_calls(&self, stopped: &mut Stopped, pid: pid_t, tid: pid_t) -> Result<(), TemplateError> {
         let present = Rseq::of(tid).map_err(process("read the threads of", pid))?;
+        stopped.forget_told(pid);
         let mut hand = stopped.hand_of(pid, tid)?;
         let at = hand.scratch().start;
         let name = [self.name.as_slice(), &[0]].concat();

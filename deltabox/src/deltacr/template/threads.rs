@@ -15,7 +15,7 @@ use libc::pid_t;
 use serde::{Deserialize, Serialize};
 
 use super::error::{TemplateError, TemplateRefusal, errno, process};
-use super::face::Face;
+use super::face::{self, Face};
 use super::make::denied;
 use super::thread::Record;
 use crate::deltacr::births::quiet_end;
@@ -30,9 +30,11 @@ const N_AT_ONCE: usize = 96;
 /// What a clone3 points at: its arguments and a number.
 const BIRTH_BYTES: usize = 96;
 /// How long a number may stay taken that a thread or process which has ended had. The kernel gives it back last of all,
-/// when `/proc` does not show the task any more (6.18, release_task): a thread that waits for a CPU just then kept its
-/// number for more than 100 ms on a busy machine. The parent of a process has to reap it before.
+/// when `/proc` does not show the task any more (6.18, release_task), and the parent of a process has to reap it before.
 pub(super) const NUMBER_PATIENCE: Duration = Duration::from_secs(1);
+/// How long until the next attempt. Nobody is told when a number is free, and what ends there needs this CPU for its last
+/// steps: with sched_yield in place of this sleep it did not get it in a second (measured, load 6); with it, in 1 to 70 ms.
+pub(super) const NUMBER_TICK: Duration = Duration::from_micros(200);
 
 /// The threads of a process as they were, the first one first.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,6 +69,11 @@ impl Threads {
         self.records.len()
     }
 
+    /// Whether the first one may choose the numbers of what it makes.
+    pub(in crate::deltacr) fn choose_numbers(&self) -> bool {
+        self.leader().is_some_and(|leader| face::choose_numbers(&leader.rights))
+    }
+
     /// The first one, whose number is the process's.
     pub(super) fn leader(&self) -> Option<&Record> {
         self.records.first()
@@ -86,19 +93,19 @@ impl Threads {
     pub(super) fn cast(&self, stopped: &Stopped, pid: pid_t) -> Result<Cast, TemplateError> {
         let mut hosts = vec![0; self.records.len()];
         let mut extra = Vec::new();
-        let mut maker = None;
-        for tid in tids(stopped, pid)? {
-            let face = Face::read(pid, tid).map_err(process("read the threads of", pid))?;
-            match self.records.iter().position(|record| record.tid == face.inside) {
-                Some(at) => hosts[at] = tid,
-                None => extra.push(tid),
+        let tids = tids(stopped, pid)?;
+        for tid in &tids {
+            let inside = stopped.inside_of(pid, *tid).map_err(process("read the threads of", pid))?;
+            match self.records.iter().position(|record| record.tid == inside) {
+                Some(at) => hosts[at] = *tid,
+                None => extra.push(*tid),
             }
-            maker.get_or_insert(face);
         }
         if hosts.first() == Some(&0) {
             return Err(TemplateRefusal::Threads { pid }.into());
         }
-        if let Some(maker) = maker {
+        if let Some(first) = tids.first().filter(|_| hosts.contains(&0)) {
+            let maker = Face::read(pid, *first).map_err(process("read the threads of", pid))?;
             self.may_be_made(pid, &hosts, &maker)?;
         }
         Ok(Cast { new: vec![false; hosts.len()], hosts, extra })
@@ -139,7 +146,7 @@ impl Threads {
                 // A thread that ended in the middle of the stop is the engine's to reap; another's number is free a little
                 // after its end was told.
                 reap_ended(pid);
-                std::thread::yield_now();
+                std::thread::sleep(NUMBER_TICK);
             }
         });
         let born = born.and_then(|()| fault::point("threads.born").map_err(process("make threads of", pid)));

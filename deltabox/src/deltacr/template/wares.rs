@@ -15,6 +15,7 @@ use super::restore::{Files, unopened};
 use super::source::Source;
 use crate::deltacr::handover::call;
 use crate::deltacr::inject::{Call, Hand};
+use crate::deltacr::reopen::reopen;
 use crate::sandbox::root::Root;
 use crate::sys::process::{pidfd_getfd, pidfd_open_thread};
 use crate::sys::socket::send_with_fds;
@@ -61,7 +62,7 @@ impl Wares {
             }
             if let Some(files) = shared.filter(|_| mapping.shared) {
                 let file = match files.shared.file(mapping) {
-                    Some(file) => Some(file.try_clone_to_owned().map(File::from)),
+                    Some(file) => Some(open_again(file, mapping)),
                     None => mapping.in_tree.then(|| open_in(files.tree.root, mapping)),
                 };
                 if let Some(file) = file {
@@ -75,8 +76,16 @@ impl Wares {
             let link = format!("/proc/{}/map_files/{:x}-{:x}", source.pid(), copy.start, copy.end);
             opened.push((mapping.start, File::open(link).map_err(unopened(pid))?));
         }
+        Self::give_files(hand, &opened)
+    }
+
+    /// Hands over files, each for the mapping that begins at its address.
+    ///
+    /// # Errors
+    /// Nothing was handed over that is not closed again.
+    pub(super) fn give_files(hand: &mut Hand<'_>, files: &[(u64, File)]) -> Result<Self, TemplateError> {
         let mut wares = Self::default();
-        let received = wares.receive(hand, &opened);
+        let received = wares.receive(hand, files);
         if received.is_err() {
             // The first failure is the one to report.
             let _ = hand.run(&wares.close_calls());
@@ -124,7 +133,12 @@ impl Wares {
 
     /// Under which number the process has a mapping's file.
     pub(super) fn number(&self, mapping: &Mapping) -> Option<i32> {
-        self.files.iter().find(|(start, _)| *start == mapping.start).map(|(_, number)| *number)
+        self.number_at(mapping.start)
+    }
+
+    /// The same by its first address.
+    pub(super) fn number_at(&self, start: u64) -> Option<i32> {
+        self.files.iter().find(|(other, _)| *other == start).map(|(_, number)| *number)
     }
 
     /// Closes all that was handed over.
@@ -136,8 +150,18 @@ impl Wares {
 
 /// Opens a file of the tree as it was open for the mapping.
 fn open_in(root: &Root, mapping: &Mapping) -> io::Result<File> {
-    let is_written = mapping.has(Advice::SharedWritable);
-    let flags = if is_written { OFlag::O_RDWR } else { OFlag::O_RDONLY };
     let path = CString::new(mapping.name.as_bytes())?;
-    Ok(File::from(root.open(&path, flags)?))
+    Ok(File::from(root.open(&path, access(mapping))?))
+}
+
+/// The same with a file that is open for both.
+fn open_again(file: BorrowedFd<'_>, mapping: &Mapping) -> io::Result<File> {
+    match access(mapping) {
+        OFlag::O_RDWR => file.try_clone_to_owned().map(File::from),
+        read_only => reopen(file, read_only).map(File::from),
+    }
+}
+
+fn access(mapping: &Mapping) -> OFlag {
+    if mapping.has(Advice::SharedWritable) { OFlag::O_RDWR } else { OFlag::O_RDONLY }
 }

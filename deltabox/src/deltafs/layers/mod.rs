@@ -1,10 +1,12 @@
 //! All layers of a store, and the stacks that they form.
 
 mod draft;
+mod spare;
 mod stack;
 mod tiles;
 
 pub use draft::{Draft, FullDraft};
+pub use spare::SpareLayer;
 pub use stack::{Fork, Stack, StackError, Step};
 pub use tiles::run_to_merge;
 

@@ -15,8 +15,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::merging::no_room;
+use super::spare::SpareRoot;
 use super::{Driver, MAX_LAYERS, io_error};
-use crate::deltacr::moment::{Draft, Moment, Nursery};
+use crate::deltacr::moment::{self, Draft, Moment, Nursery};
 use crate::deltafs::layer::{LayerId, LiveLayer, RootLook};
 use crate::deltafs::layers::{Stack, StackError};
 use crate::engine::api::{BackReport, CheckpointReport, CheckpointRequest, PhaseTime, RollbackReport, RollbackRequest};
@@ -29,6 +30,7 @@ use crate::engine::switch::{
 use crate::engine::tree::{Checkpoint, CheckpointId, Measured};
 use crate::engine::{Engine, Error, unix_ms};
 use crate::latency::{Phase, Span};
+use crate::pool::Ticket;
 
 /// How long programs may take to stop, and commands that are just being started to start (chosen).
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -53,6 +55,18 @@ impl Driver {
             self.tree.check_name(name)?;
         }
         let (init, group) = self.ready_to_switch()?;
+        let backstage = self.life.as_ref().and_then(|life| life.backstage.clone());
+        if backstage.is_none() && !request.fs_only {
+            return Err(Error::Refused {
+                what: format!("checkpoint `{}` with its processes", self.manifest.id),
+                why: "its init has not told what it holds".to_owned(),
+                hint: "init was stopped by somebody? try again when it runs".to_owned(),
+            });
+        }
+        let ticket = match request.fs_only {
+            true => None,
+            false => Some(self.admit(moment::n_living(&group))?),
+        };
         self.load_ground()?;
         let unchanged = self.live.as_ref().map_or(Ok(false), LiveLayer::is_unchanged);
         let unchanged = unchanged.map_err(io_error("look at the live layer of", &self.dir))?;
@@ -66,10 +80,11 @@ impl Driver {
         let Self { engine, dir, manifest, live, footing, .. } = self;
         let (Some(live), Some(footing)) = (live.as_ref(), footing.as_ref()) else { return Err(Error::ShuttingDown) };
         let id = CheckpointId(manifest.next_checkpoint);
+        let earlier = manifest.head.and_then(|head| self.moments.get(head));
         let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: id, durable };
         let (mut armed, mut frozen_look) = (None, None);
         if !unchanged {
-            armed = Some(arm.arm(live.root_look().map_err(io_error("look at the root of", dir))?)?);
+            armed = Some(arm.arm(live.root_look().map_err(io_error("look at the root of", dir))?, None)?);
         }
         let end = Instant::now() + Duration::from_millis(request.patience_ms.into());
         let walks = Walks::new(end, &mut self.standing);
@@ -84,7 +99,7 @@ impl Driver {
             let look = live.root_look()?;
             let next = match &mut armed {
                 Some(next) => next,
-                None => armed.insert(arm.arm(look.clone()).map_err(io::Error::other)?),
+                None => armed.insert(arm.arm(look.clone(), None).map_err(io::Error::other)?),
             };
             if next.look != look {
                 look.apply(next.mount.as_fd())?;
@@ -94,11 +109,25 @@ impl Driver {
             next.mount.try_clone().map(Some)
         };
         let memory = dir.checkpoints().join(format!("{id}.memory"));
-        let nursery = (!request.fs_only).then(|| Nursery::new(&unified, format!("t{}-", id.0)));
+        let nursery = match backstage.filter(|_| !request.fs_only) {
+            Some(backstage) => Some(
+                Nursery::new(&unified, format!("t{}-", id.0), backstage)
+                    .map_err(io_error("prepare for the templates of", dir))?,
+            ),
+            None => None,
+        };
         let mut draft = None;
         let processes = match &nursery {
             None => Processes::Kept,
-            Some(nursery) => Processes::Taken { ground: TakingGround { nursery, memory: &memory }, draft: &mut draft },
+            Some(nursery) => Processes::Taken {
+                ground: TakingGround {
+                    nursery,
+                    room: ticket.as_ref().map_or(0, Ticket::most),
+                    earlier,
+                    memory: &memory,
+                },
+                draft: &mut draft,
+            },
         };
         let errand = Errand { purpose: Purpose::Freeze, processes };
         let switched = switch(&mut self.tracer, &ground, errand, walks, ready, next, span);
@@ -139,6 +168,10 @@ impl Driver {
         let mut checkpoint =
             Checkpoint::new(id, request.name.clone(), parent, epoch, unix_ms(), top, root, frozen, durable);
         checkpoint.fs_only = request.fs_only;
+        if moment.is_some() {
+            let running = self.commands.values().filter(|command| command.exit.is_none());
+            checkpoint.commands = running.map(|command| (command.pid, command.tag.clone())).collect();
+        }
         let saved = moment.as_ref().map_or(Ok(()), |moment| moment.save(&self.dir.processes(id)));
         if let Err(error) = saved {
             self.clean_up(old, None);
@@ -149,7 +182,11 @@ impl Driver {
         // Whatever failed: the programs are where they are.
         match made {
             Ok(()) => {
-                self.moments.extend(moment.map(|moment| (id, moment)));
+                if let Some(moment) = moment {
+                    self.moments.insert(id, moment);
+                    self.survey();
+                }
+                drop(ticket);
                 Ok((checkpoint.report(&self.manifest.id), old))
             }
             Err(error) => {
@@ -158,26 +195,6 @@ impl Driver {
                 Err(error)
             }
         }
-    }
-
-    /// Removes the templates of a checkpoint that did not come to be.
-    fn discard(&self, draft: Option<Draft>) {
-        if let Some(draft) = draft {
-            self.engine.0.janitor.take(move || draft.discard());
-        }
-    }
-
-    /// Removes the templates of a checkpoint that is no more.
-    fn forget_moment(&self, checkpoint: CheckpointId, moment: Option<Moment>) {
-        let Some(moment) = moment else { return };
-        let (id, path) = (self.manifest.id.clone(), self.dir.processes(checkpoint));
-        self.engine.0.janitor.take(move || {
-            // Without templates it says nothing: the next engine removes it, if it is still there.
-            let _ = std::fs::remove_file(path);
-            if let Err(error) = moment.remove() {
-                tracing::error!(sandbox = %id, %error, "a template stays until its sandbox ends");
-            }
-        });
     }
 
     /// After the switch: on disk what makes it a checkpoint.
@@ -222,16 +239,23 @@ impl Driver {
         let (init, group) = self.ready_to_switch()?;
         let moment = match request.fs_only {
             true => None,
-            false => Some(self.moments.get(&target.id).ok_or_else(|| without_processes(&self.manifest, &target))?),
+            false => Some(self.moments.get(target.id).ok_or_else(|| without_processes(&self.manifest, &target))?),
         };
         // Out of the driver's hands for as long as it lends itself to the switch.
-        let moment = moment.map(|_| target.id).and_then(|id| self.moments.remove_entry(&id));
+        let moment = moment.map(|_| target.id).and_then(|id| self.moments.lend(id));
         let rolled_back = self.roll_back(&target, (init, &group), moment.as_ref().map(|(_, moment)| moment), span);
-        self.moments.extend(moment);
+        self.moments.give_back(moment);
+        for (pid, tag) in target.commands.iter().filter(|_| rolled_back.is_ok()) {
+            let n_births = self.born.iter().filter(|inside| u32::try_from(**inside) == Ok(*pid)).count();
+            if n_births > 0 {
+                self.returned(*pid, tag.clone(), u32::try_from(n_births).unwrap_or(1));
+            }
+        }
+        self.born.clear();
         for (was, is) in std::mem::take(&mut self.made_again) {
-            for (id, moment) in &mut self.moments {
+            for (id, moment) in self.moments.iter_mut() {
                 if moment.rename(&was, &is)
-                    && let Err(error) = moment.save(&self.dir.processes(*id))
+                    && let Err(error) = moment.save(&self.dir.processes(id))
                 {
                     // The next engine takes that process for another one, and makes it again.
                     tracing::error!(sandbox = %self.manifest.id, checkpoint = %id, %error, "not written down");
@@ -262,10 +286,12 @@ impl Driver {
         let discarded = self.manifest.live;
         let below = self.stack_with_room(|layers| layers.stack(target.top))?;
         let durable = self.tree.is_durable();
+        let spare = self.spares.take(&self.engine, &below, &target.root);
+        self.spares.encourage();
         let Self { engine, dir, manifest, footing, .. } = self;
         let Some(footing) = footing.as_ref() else { return Err(Error::ShuttingDown) };
         let mut arm = Arm { engine, dir, footing, manifest, below: &below, head: target.id, durable };
-        let Armed { layer, mount, .. } = arm.arm(target.root.clone())?;
+        let Armed { layer, mount, .. } = arm.arm(target.root.clone(), spare)?;
         // Other files come back under every walk: it need not be spared this.
         let walks = Walks::new(Instant::now(), &mut self.standing);
         let ground = Ground { init, group, deadline: Instant::now() + DEADLINE };
@@ -288,7 +314,8 @@ impl Driver {
             tracing::error!(sandbox = %self.manifest.id, %error, "rolled back, but that could not be written down yet");
         }
         span.end_of(Phase::Manifest);
-        let Outcome { back, made, streams, lost } = outcome;
+        let Outcome { back, made, born, streams, lost } = outcome;
+        self.born = born;
         self.made_again.extend(made);
         self.log_streams(streams);
         if let Some(why) = lost {
@@ -319,7 +346,8 @@ impl Driver {
         let removed = Arc::make_mut(&mut self.tree).remove(target.id);
         self.show();
         removed.map_err(io_error("remove a checkpoint from", &self.dir))?;
-        let moment = self.moments.remove(&target.id);
+        self.spares.discard(&self.engine);
+        let moment = self.moments.remove(target.id);
         self.forget_moment(target.id, moment);
         self.engine.collect_of(&self.manifest.id).map(drop)
     }
@@ -374,7 +402,7 @@ impl Driver {
     fn load_ground(&mut self) -> Result<(), Error> {
         if self.footing.is_none() {
             let (base, frame) = (&self.manifest.spec.base, self.manifest.frame.as_deref());
-            self.footing = Some(Footing::again(&self.engine, base, frame)?);
+            self.footing = Some(Arc::new(Footing::again(&self.engine, base, frame)?));
         }
         if self.live.is_none() {
             let id = self.manifest.live;
@@ -452,22 +480,26 @@ struct Arm<'a> {
 }
 
 impl Arm<'_> {
-    /// Makes a layer, says in sandbox.json that it may become the live one, mounts it over the stack.
-    fn arm(&mut self, look: RootLook) -> Result<Armed, Error> {
+    /// Makes a layer, says in sandbox.json that it may become the live one, mounts it over the stack; or does with a
+    /// `spare` what is left to do.
+    fn arm(&mut self, look: RootLook, spare: Option<SpareRoot>) -> Result<Armed, Error> {
         if self.below.len() >= MAX_LAYERS {
             return Err(no_room(&self.manifest.id, self.below.len()));
         }
         let failed = |op| io_error(op, self.dir);
         let (layers, head) = (&self.engine.0.layers, Some(self.head.to_string()));
-        let layer =
-            layers.create(self.below, &self.manifest.id, head, look.clone()).map_err(failed("make a layer for"))?;
+        let made = match spare {
+            Some(spare) => spare.settle(self.engine, self.below, head).map(|(layer, mount)| (layer, Some(mount))),
+            None => layers.create(self.below, &self.manifest.id, head, look.clone()).map(|layer| (layer, None)),
+        };
+        let (layer, mounted) = made.map_err(failed("make a layer for"))?;
         let id = layer.record().id;
         self.manifest.next = Some(id);
         let mounted = self
             .manifest
             .save(self.dir.path(), self.durable)
             .and_then(|()| crate::fault::point("checkpoints.arm"))
-            .and_then(|()| self.footing.mount(self.engine, self.below, &layer));
+            .and_then(|()| mounted.map_or_else(|| self.footing.mount(self.engine, self.below, &layer), Ok));
         let mount = mounted.map_err(|source| {
             self.manifest.next = None;
             let _ = layers.remove(id);

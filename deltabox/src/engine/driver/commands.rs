@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use deltabox_common::init::{FromInit, Start, ToInit};
@@ -11,6 +12,7 @@ use crate::engine::api::{Attachment, Departure, ExecRequest, Exit, OnDisconnect,
 use crate::engine::command::{self, Command, OnExit, Tag};
 use crate::engine::{Error, ready, request, unix_ms};
 use crate::latency::{Phase, Span};
+use crate::sandbox::backstage::Backstage;
 
 impl Driver {
     pub(super) fn exec(&mut self, request: ExecRequest, mut span: Span, on_exit: OnExit, reply: Reply<Attachment>) {
@@ -52,6 +54,7 @@ impl Driver {
                 hint: "a command has one client at a time; end that one first".to_owned(),
             });
         }
+        command.came = command.life;
         let attachment =
             command.attachment(&self.mail).map_err(io_error("copy the streams of a command in", &self.dir))?;
         self.alarms.retain(|alarm| alarm.1 != pid);
@@ -159,9 +162,30 @@ impl Driver {
                     source: io::Error::from_raw_os_error(errno),
                 }));
             }
-            FromInit::Exited { pid, status } => self.ended(pid, command::exit_of(status)),
-            FromInit::Held { pid, status, streams: _, tag } => self.found(pid, status, &tag, fds),
-            FromInit::ListEnd | FromInit::Ready | FromInit::BootFailed { .. } => {}
+            FromInit::Exited { pid, life, status } => {
+                // That of an earlier life was a rollback's doing.
+                if self.commands.get(&pid).is_some_and(|command| command.life == life) {
+                    self.ended(pid, command::exit_of(status));
+                }
+            }
+            FromInit::Held { pid, life, status, streams: _, tag } => self.found((pid, life), status, &tag, fds),
+            FromInit::ListEnd => self.go_backstage(fds),
+            FromInit::Ready | FromInit::BootFailed { .. } => {}
+        }
+    }
+
+    /// After a restart: takes hold of the numbers of templates. What an engine that died in a stop has left is undone.
+    fn go_backstage(&mut self, fds: Vec<OwnedFd>) {
+        let Some(life) = &mut self.life else { return };
+        match Backstage::new(life.init.pid, fds) {
+            Ok(backstage) => {
+                let taken = self.moments.iter().flat_map(|(_, moment)| moment.template_numbers());
+                taken.for_each(|number| backstage.reserve.keep_clear_of(number));
+                life.backstage = Some(Arc::new(backstage));
+            }
+            Err(error) => {
+                tracing::error!(sandbox = %self.manifest.id, %error, "no place for templates: no checkpoint of processes can be made");
+            }
         }
     }
 
@@ -177,7 +201,7 @@ impl Driver {
                 return reply(Err(io_error("set up the streams of a command in", &self.dir)(error)));
             }
         };
-        let command = Command { pid, tag, ends, client: Some(Some(on_exit)), exit: None };
+        let command = Command { pid, life: 0, tag, ends, client: Some(Some(on_exit)), came: 0, exit: None };
         let attachment = command.attachment(&self.mail);
         self.commands.insert(pid, command);
         if stdio == Stdio::Log {
@@ -193,7 +217,7 @@ impl Driver {
     }
 
     /// A command that an earlier engine started.
-    fn found(&mut self, pid: u32, status: Option<i32>, tag: &[u8], fds: Vec<OwnedFd>) {
+    fn found(&mut self, (pid, life): (u32, u32), status: Option<i32>, tag: &[u8], fds: Vec<OwnedFd>) {
         let Ok(tag) = serde_json::from_slice::<Tag>(tag) else {
             tracing::error!(sandbox = %self.manifest.id, pid, "command with an unknown tag");
             return;
@@ -201,7 +225,7 @@ impl Driver {
         let has_stdin = fds.len() == 3;
         let Ok(ends) = command::ends(tag.stdio, has_stdin, fds) else { return };
         let (stdio, exit) = (tag.stdio, status.map(command::exit_of));
-        self.commands.insert(pid, Command { pid, tag, ends, client: None, exit });
+        self.commands.insert(pid, Command { pid, life, tag, ends, client: None, came: life, exit });
         if stdio == Stdio::Log {
             self.empty_into_log(pid);
             if let Some(exit) = exit {
@@ -210,6 +234,41 @@ impl Driver {
         } else {
             self.alarms.push((Instant::now() + REATTACH_GRACE, pid, Alarm::Abandoned));
         }
+    }
+
+    /// Whether the client that came in that life is still the command's.
+    pub(super) fn is_client(&self, pid: u32, life: u32) -> bool {
+        self.commands.get(&pid).is_some_and(|command| command.came == life)
+    }
+
+    /// A rollback has made a command again, at the `n_births`th attempt. One that still had a client goes on with it, as if nothing had happened; else
+    /// what it writes goes to its log.
+    pub(super) fn returned(&mut self, pid: u32, tag: Tag, n_births: u32) {
+        let present = self.commands.get_mut(&pid);
+        let life = present.as_ref().map_or(0, |command| command.life) + n_births;
+        let same = present.filter(|command| command.tag.is_of(&tag) && command.exit.is_none());
+        let is_same = same.is_some();
+        if let Some(command) = same {
+            command.life = life;
+        }
+        let tag = Tag { stdio: if is_same { tag.stdio } else { Stdio::Log }, ..tag };
+        match serde_json::to_vec(&tag) {
+            Ok(tag) => self.tell_or_lose(&ToInit::Returned { pid, life, same: is_same, tag }),
+            Err(error) => tracing::error!(sandbox = %self.manifest.id, pid, %error, "a command is not listed"),
+        }
+        if is_same {
+            return;
+        }
+        if let Some(command) = self.commands.get_mut(&pid) {
+            if command.exit.is_none() {
+                // The number had been given to another one, which the rollback has ended.
+                end(command, Exit::Signaled { signal: 9, core_dumped: false });
+            }
+            self.empty_into_log(pid);
+        }
+        self.alarms.retain(|alarm| alarm.1 != pid);
+        let ends = command::Ends { stdin: None, outer: Vec::new() };
+        self.commands.insert(pid, Command { pid, life, tag, ends, client: None, came: life, exit: None });
     }
 
     fn ended(&mut self, pid: u32, exit: Exit) {

@@ -171,6 +171,7 @@ impl Driver {
             Ok(id) => {
                 self.merging.shortest = 0;
                 self.merging.replaced.extend(job.run.iter().map(|step| step.id).chain([id]));
+                self.spares.discard(&self.engine);
                 span.end_of(Phase::Manifest);
                 self.book.record(self.manifest.id.as_str(), &span);
             }

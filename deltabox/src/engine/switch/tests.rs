@@ -10,7 +10,7 @@ use crate::deltafs::layer::{LayerId, RootLook};
 use crate::engine::footing::Footing;
 use crate::engine::{Config, CreateRequest, Engine, ExecRequest, OnDisconnect, Stdio};
 use crate::latency::Operation;
-use crate::sandbox::{BaseRef, SandboxId};
+use crate::sandbox::{BaseRef, PoolBounds, SandboxId};
 
 struct Sandbox {
     engine: Engine,
@@ -24,7 +24,7 @@ struct Sandbox {
 impl Sandbox {
     fn new() -> Self {
         let store = tempfile::TempDir::with_prefix("deltabox-test-").unwrap();
-        let engine = Engine::open(&Config { store: store.path().to_owned() }).unwrap();
+        let engine = Engine::open(&Config { store: store.path().to_owned(), pool: PoolBounds::default() }).unwrap();
         let (tell, told) = mpsc::channel();
         engine.create(CreateRequest::default(), Box::new(move |result| tell.send(result.unwrap()).unwrap()));
         let report = told.recv().unwrap();
