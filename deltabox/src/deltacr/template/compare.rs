@@ -18,6 +18,7 @@ use std::sync::{Arc, OnceLock};
 use nix::sched::{sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
+use super::ranges::push;
 use super::source::{PAGE_BYTES, Pages};
 
 /// Pages that are compared at once (chosen): 2 MB, a table of the kernel's.
@@ -125,14 +126,6 @@ pub(super) fn parts(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
         }
     }
     parts
-}
-
-/// Adds a range to others that it comes after.
-pub(super) fn push(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
-    match ranges.last_mut() {
-        Some(last) if last.end == range.start => last.end = range.end,
-        _ => ranges.push(range),
-    }
 }
 
 #[cfg(test)]

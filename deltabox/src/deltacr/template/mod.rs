@@ -26,6 +26,7 @@ mod mapping;
 mod memory;
 mod pages;
 mod plan;
+mod ranges;
 mod reapers;
 mod rebuild;
 mod remove;

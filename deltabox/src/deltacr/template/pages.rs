@@ -11,9 +11,10 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::compare::{compare, look, parts, push};
+use super::compare::{compare, look, parts};
 use super::mapping::{Advice, Mapping};
-use super::source::{PAGE_BYTES, Pages, Source, len_of};
+use super::ranges::{len_of, push, within, without};
+use super::source::{PAGE_BYTES, Pages, Source};
 
 /// Bytes on their way at once (chosen: they stay in the cache).
 const BUFFER_BYTES: u64 = 256 * 1024;
@@ -93,7 +94,7 @@ fn own(source: &Source, spans: &[Range<u64>]) -> io::Result<Arc<[Range<u64>]>> {
 
 /// Ranges within `spans` that together hold all of it that is not in `had`: one call for each, so that a little of what is
 /// in `had` is taken along.
-fn windows(spans: &[Range<u64>], had: &[Range<u64>]) -> Vec<Range<u64>> {
+pub(super) fn windows(spans: &[Range<u64>], had: &[Range<u64>]) -> Vec<Range<u64>> {
     let mut windows: Vec<Range<u64>> = Vec::new();
     let mut span = spans.iter();
     let mut span_end = 0;
@@ -145,83 +146,4 @@ fn spans(mappings: &[Mapping]) -> Vec<Range<u64>> {
         push(&mut spans, mapping.range());
     }
     spans
-}
-
-/// What two sorted lists have in common.
-fn within(left: &[Range<u64>], right: &[Range<u64>]) -> Vec<Range<u64>> {
-    let mut common = Vec::new();
-    let mut first = 0;
-    for one in left {
-        while right.get(first).is_some_and(|other| other.end <= one.start) {
-            first += 1;
-        }
-        for other in right[first..].iter().take_while(|other| other.start < one.end) {
-            push(&mut common, one.start.max(other.start)..one.end.min(other.end));
-        }
-    }
-    common
-}
-
-/// What the left list has and the right one has not.
-fn without(left: &[Range<u64>], right: &[Range<u64>]) -> Vec<Range<u64>> {
-    let mut rest = Vec::new();
-    let mut first = 0;
-    for one in left {
-        let mut at = one.start;
-        while right.get(first).is_some_and(|other| other.end <= one.start) {
-            first += 1;
-        }
-        for other in right[first..].iter().take_while(|other| other.start < one.end) {
-            if other.start > at {
-                push(&mut rest, at..other.start);
-            }
-            at = at.max(other.end);
-        }
-        if at < one.end {
-            push(&mut rest, at..one.end);
-        }
-    }
-    rest
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn ranges() -> impl Strategy<Value = Vec<Range<u64>>> {
-        prop::collection::vec((1_u64..5, 1_u64..5), 0..12).prop_map(|steps| {
-            let mut at = 0;
-            let range = |(gap, len): (u64, u64)| {
-                let start = at + gap;
-                at = start + len;
-                start..at
-            };
-            steps.into_iter().map(range).collect()
-        })
-    }
-
-    fn holds(ranges: &[Range<u64>], at: u64) -> bool {
-        ranges.iter().any(|range| range.contains(&at))
-    }
-
-    proptest! {
-        #[test]
-        fn sets_of_ranges_behave_as_sets(left in ranges(), right in ranges()) {
-            let (common, rest) = (within(&left, &right), without(&left, &right));
-            for at in 0..120 {
-                prop_assert_eq!(holds(&common, at), holds(&left, at) && holds(&right, at));
-                prop_assert_eq!(holds(&rest, at), holds(&left, at) && !holds(&right, at));
-            }
-            let windows = windows(&left, &right);
-            for at in 0..120 {
-                let is_needed = holds(&left, at) && !holds(&right, at);
-                prop_assert!(!is_needed || holds(&windows, at));
-                prop_assert!(!holds(&windows, at) || holds(&left, at));
-            }
-            for list in [common, rest] {
-                prop_assert!(list.windows(2).all(|pair| pair[0].end < pair[1].start));
-            }
-        }
-    }
 }

@@ -11,6 +11,7 @@ use libc::pid_t;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use nix::unistd::Pid;
 
+use super::ranges::len_of;
 use super::remove::Template;
 use crate::sys::memory::{PageRegion, pagemap_own};
 
@@ -177,11 +178,6 @@ impl Pages {
     pub(super) fn grow_stack(&self, at: u64) -> io::Result<()> {
         self.memory.write_all_at(&[0], at)
     }
-}
-
-/// Bytes in ranges. Address ranges of this machine fit.
-pub(super) fn len_of(ranges: &[Range<u64>]) -> usize {
-    ranges.iter().map(|range| usize::try_from(range.end - range.start).unwrap_or(usize::MAX)).sum()
 }
 
 fn parts(ranges: &[Range<u64>]) -> Vec<RemoteIoVec> {

@@ -13,8 +13,9 @@ use super::make::ask;
 use super::mapping::{Mapping, read_smaps};
 use super::memory::{Memory, Outline, without};
 use super::pages;
+use super::ranges::len_of;
 use super::remove::Template;
-use super::source::{Pages, Source, len_of};
+use super::source::{Pages, Source};
 use crate::deltacr::stop::Stopped;
 use crate::sys::ptrace::get_rseq_configuration;
 
