@@ -290,8 +290,8 @@ const PROBES: [Probe; 40] = [
         "uffd WP_ASYNC",
         Recommended,
         pages::async_write_protect,
-        "big processes cannot be tracked without a copy-on-write template",
-        "Linux 6.7 or newer with CONFIG_USERFAULTFD and CONFIG_PTE_MARKER_UFFD_WP; CAP_SYS_PTRACE",
+        "rollbacks compare all pages of big processes with their templates: 0.14 us for each page",
+        "Linux 6.7 or newer with CONFIG_USERFAULTFD and CONFIG_PTE_MARKER_UFFD_WP",
     ),
     probe(
         "store",

@@ -32,6 +32,7 @@ use super::frame::{self, XSTATE_MAX_BYTES};
 use super::halt::{self, Halt, PATIENCE, TICK};
 use super::inject::Hand;
 use super::tasks::{self, Lists};
+use super::template::Watches;
 use super::told::Told;
 use super::waits::Waits;
 use super::{InjectError, interrupted};
@@ -69,6 +70,8 @@ pub(super) struct Kept {
     /// Those of which a plain copy had not all (see [`super::template::Request`]). The number may be another's by now: that
     /// costs it a look.
     pub(super) careful: Vec<pid_t>,
+    /// What big processes write.
+    pub(super) watches: Watches,
     /// No thread is in injected code of an engine that died: this one has looked.
     pub(super) orphans_finished: bool,
 }
@@ -77,6 +80,11 @@ impl Tracer {
     /// One that knows nothing yet.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// The watches over what its processes write.
+    pub(super) fn watches(&mut self) -> &mut Watches {
+        &mut self.kept.watches
     }
 
     /// Forgets since when calls wait: the processes have been put back to another time.

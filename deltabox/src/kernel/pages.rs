@@ -7,8 +7,8 @@ use std::os::fd::AsFd;
 use super::Ground;
 use super::probe::{Outcome, ProbeChild, at, unless};
 use crate::sys::memory::{
-    PageRegion, Pages, page_is, pagemap_scan, process_madvise_cold, scan_flag, uffd_api, uffd_feature,
-    uffd_register_wp, userfaultfd,
+    PageRegion, Pages, Search, UFFD_USER_MODE_ONLY, page_is, pagemap_scan, process_madvise_cold, scan_flag, uffd_api,
+    uffd_feature, uffd_register_wp, userfaultfd,
 };
 use crate::sys::process::CloneRequest;
 use crate::sys::steps::Step;
@@ -26,10 +26,11 @@ fn region(pages: &Pages, first: u64, n: u64, categories: u64) -> PageRegion {
     PageRegion { start: start + first * size, end: start + (first + n) * size, categories }
 }
 
-fn scan(pages: &Pages, categories: u64, flags: u64) -> io::Result<Vec<PageRegion>> {
+fn scan(pages: &Pages, all: u64, flags: u64) -> io::Result<Vec<PageRegion>> {
     let pagemap = File::open("/proc/self/pagemap")?;
     let mut regions = [PageRegion::default(); N_PAGES];
-    let n = pagemap_scan(pagemap.as_fd(), pages.range(), categories, flags, &mut regions)?;
+    let search = Search { all, flags, ..Search::default() };
+    let (n, _) = pagemap_scan(pagemap.as_fd(), pages.range(), search, &mut regions)?;
     Ok(regions[..n].to_vec())
 }
 
@@ -50,9 +51,8 @@ pub(super) fn async_write_protect(_: &Ground) -> Outcome {
     for page in 0..N_PAGES {
         pages.store(page * size, 1).map_err(at("store"))?;
     }
-    let uffd = userfaultfd().map_err(at("userfaultfd"))?;
-    let features = uffd_feature::PAGEFAULT_FLAG_WP | uffd_feature::WP_UNPOPULATED | uffd_feature::WP_ASYNC;
-    uffd_api(uffd.as_fd(), features).map_err(at("UFFDIO_API with WP_ASYNC"))?;
+    let uffd = userfaultfd(UFFD_USER_MODE_ONLY).map_err(at("userfaultfd"))?;
+    uffd_api(uffd.as_fd(), uffd_feature::WATCHING).map_err(at("UFFDIO_API with WP_ASYNC"))?;
     uffd_register_wp(uffd.as_fd(), pages.range()).map_err(at("UFFDIO_REGISTER for write protection"))?;
     let arm = scan_flag::WP_MATCHING | scan_flag::CHECK_WPASYNC;
     scan(&pages, page_is::WRITTEN, arm).map_err(at("PAGEMAP_SCAN that protects"))?;

@@ -117,16 +117,50 @@ const fn iowr<T>(group: u8, number: u8) -> u64 {
     (3 << 30) | ((size_of::<T>() as u64) << 16) | ((group as u64) << 8) | number as u64
 }
 
-/// Finds in `range` of the process behind `pagemap` the pages that are in all of `categories` ([`page_is`]).
-///
-/// `flags` are of [`scan_flag`]. Returns how many of `regions` were filled.
+/// What PAGEMAP_SCAN is to look for.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Search {
+    /// Categories that a page must be in ([`page_is`]).
+    pub all: u64,
+    /// Categories that it must not be in.
+    pub none: u64,
+    /// Categories of which it must be in one, if there are any.
+    pub any: u64,
+    /// What to do besides ([`scan_flag`]).
+    pub flags: u64,
+}
+
+impl Search {
+    /// Pages of a process's own: in memory or swapped, neither of a file nor the page of zeros.
+    pub const OWN: Self =
+        Self { all: 0, none: page_is::FILE | page_is::ZERO, any: page_is::PRESENT | page_is::SWAPPED, flags: 0 };
+    /// Pages that were protected and have not been written since.
+    pub const UNWRITTEN: Self = Self {
+        all: page_is::WPALLOWED,
+        none: page_is::WRITTEN | page_is::FILE,
+        any: page_is::PRESENT | page_is::SWAPPED,
+        flags: 0,
+    };
+    /// Pages that are not protected (any more); they are from now on.
+    pub const PROTECT: Self = Self {
+        all: page_is::WPALLOWED | page_is::WRITTEN,
+        none: 0,
+        any: page_is::PRESENT | page_is::SWAPPED,
+        flags: scan_flag::WP_MATCHING,
+    };
+    /// Addresses that are registered for asynchronous write protection, whether there are pages or not.
+    pub const WATCHED: Self = Self { all: page_is::WPALLOWED, none: 0, any: 0, flags: 0 };
+}
+
+/// Finds pages in `range` of the process behind `pagemap`. Returns how many of `regions` were filled, and how far was
+/// looked. What a region tells are those categories that all its pages had to be in.
 pub fn pagemap_scan(
     pagemap: BorrowedFd<'_>,
     range: Range<u64>,
-    categories: u64,
-    flags: u64,
+    search: Search,
     regions: &mut [PageRegion],
-) -> io::Result<usize> {
+) -> io::Result<(usize, u64)> {
+    let Search { all, none, any, flags } = search;
     let mut arg = ScanArg {
         size: size_of::<ScanArg>() as u64,
         flags,
@@ -136,34 +170,10 @@ pub fn pagemap_scan(
         vec: regions.as_mut_ptr() as u64,
         vec_len: regions.len() as u64,
         max_pages: 0,
-        category_inverted: 0,
-        category_mask: categories,
-        category_anyof_mask: 0,
-        return_mask: categories,
-    };
-    let request = iowr::<ScanArg>(b'f', 16);
-    // SAFETY: `arg` is a pm_scan_arg that tells its own size, and `regions` is as long as told.
-    let n = check(unsafe { libc::ioctl(pagemap.as_raw_fd(), request, &raw mut arg) }.into())?;
-    usize::try_from(n).map_err(|_| io::Error::from_raw_os_error(libc::ERANGE))
-}
-
-/// Finds in `range` of the process behind `pagemap` the pages that are its own: in memory or swapped, neither of a file
-/// nor the page of zeros. Returns how many of `regions` were filled, and how far was looked.
-pub fn pagemap_own(pagemap: BorrowedFd<'_>, range: Range<u64>, regions: &mut [PageRegion]) -> io::Result<(usize, u64)> {
-    let not = page_is::FILE | page_is::ZERO;
-    let mut arg = ScanArg {
-        size: size_of::<ScanArg>() as u64,
-        flags: 0,
-        start: range.start,
-        end: range.end,
-        walk_end: 0,
-        vec: regions.as_mut_ptr() as u64,
-        vec_len: regions.len() as u64,
-        max_pages: 0,
-        category_inverted: not,
-        category_mask: not,
-        category_anyof_mask: page_is::PRESENT | page_is::SWAPPED,
-        return_mask: 0,
+        category_inverted: none,
+        category_mask: all | none,
+        category_anyof_mask: any,
+        return_mask: all,
     };
     let request = iowr::<ScanArg>(b'f', 16);
     // SAFETY: `arg` is a pm_scan_arg that tells its own size, and `regions` is as long as told.
@@ -179,12 +189,18 @@ pub mod uffd_feature {
     pub const WP_UNPOPULATED: u64 = 1 << 13;
     /// The kernel itself lifts the protection at a write and remembers it (since Linux 6.7).
     pub const WP_ASYNC: u64 = 1 << 15;
+    /// What it takes to watch a process's writes without ever halting it.
+    pub const WATCHING: u64 = PAGEFAULT_FLAG_WP | WP_UNPOPULATED | WP_ASYNC;
 }
 
-/// A userfaultfd of this process.
-pub fn userfaultfd() -> io::Result<OwnedFd> {
+/// Flag of userfaultfd(2) that everybody may use: nothing is told of the kernel's own accesses, which asynchronous write
+/// protection does not need (since Linux 5.11).
+pub const UFFD_USER_MODE_ONLY: i32 = 1;
+
+/// A userfaultfd of this process; `flags`: [`UFFD_USER_MODE_ONLY`] or none.
+pub fn userfaultfd(flags: i32) -> io::Result<OwnedFd> {
     // SAFETY: no pointers.
-    check_fd(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) })
+    check_fd(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK | flags) })
 }
 
 /// Agrees on `features` ([`uffd_feature`]): EINVAL if the kernel lacks one.

@@ -20,7 +20,7 @@ use crate::deltacr::handover::call;
 use crate::deltacr::place::Place;
 use crate::deltacr::shared::{Found, SharedMemory};
 use crate::deltacr::state::Person;
-use crate::deltacr::stop::{Process, Stopped};
+use crate::deltacr::stop::{Process, Stopped, Tracer};
 use crate::deltacr::table::Ahead;
 use crate::deltacr::tasks::{Lists, scan_children};
 use crate::deltacr::template::{
@@ -205,20 +205,24 @@ impl Draft {
         self.shared.add(&found, &self.memory).map_err(failed)
     }
 
-    /// Reads the rest. The processes may run meanwhile.
+    /// Reads the rest, and has watched from now on what becomes of it. The processes may run meanwhile.
     ///
     /// # Errors
     /// A template is gone, or something could not be copied; nothing is left.
-    pub fn complete(mut self) -> Result<Moment, MomentError> {
+    pub fn complete(mut self, tracer: &mut Tracer) -> Result<Moment, MomentError> {
         if let Err(source) = self.shared.add(&self.sealed, &self.memory) {
             self.discard();
             return Err(MomentError::Shared { op: "copy", source });
         }
         let mut processes = Vec::with_capacity(self.processes.len());
+        tracer.watches().keep(|pid| self.processes.iter().any(|sketch| sketch.identity.host == pid));
         let mut rest = self.processes.into_iter();
         for Sketch { identity, template, outline, threads, person, is_stopped } in rest.by_ref() {
             match outline.complete(&template) {
-                Ok(memory) => processes.push(Past { identity, template, memory, threads, person, is_stopped }),
+                Ok(memory) => {
+                    tracer.watches().turn_to(identity.host, &template, &memory);
+                    processes.push(Past { identity, template, memory, threads, person, is_stopped });
+                }
                 Err(error) => {
                     let made = processes.into_iter().map(|past: Past| past.template);
                     let failed = remove_all(made.chain([template]).chain(rest.map(|sketch| sketch.template)));

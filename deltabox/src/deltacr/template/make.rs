@@ -17,12 +17,15 @@ use super::mapping::read_smaps;
 use super::memory::{Counts, Outline};
 use super::reapers::Reapers;
 use super::remove::Template;
+use super::source::Pages;
+use super::watch::Watch;
 use crate::deltacr::handover::call;
 use crate::deltacr::helper::{DATA, N_CALLS, Ran};
 use crate::deltacr::inject::{Call, Hand};
 use crate::deltacr::stop::Stopped;
 use crate::fault;
 use crate::sys::maps::next_shared_file;
+use crate::sys::memory::UFFD_USER_MODE_ONLY;
 use crate::sys::process::{CloneCall, Compared, compare, pidfd_getfd};
 use crate::sys::socket::send_with_fds;
 
@@ -41,19 +44,15 @@ const VECTOR: u64 = 320;
 const BYTE: u64 = 336;
 const CONTROL: u64 = 384;
 
-// Which of the helper's calls is which.
-const SOCKETPAIR: usize = 2;
-const CLONE3: usize = 5;
-const NAMES: [&str; 8] = [
-    "close_range in the helper",
-    "setsid in the helper",
-    "socketpair in the helper",
-    "rt_sigprocmask in the helper",
-    "recvmsg in the helper",
-    "clone3 in the helper",
-    "close_range in the helper",
-    "exit_group in the helper",
-];
+// Those of the helper's calls that fail for a reason of the program's.
+const SOCKETPAIR: &str = "socketpair in the helper";
+const USERFAULTFD: &str = "userfaultfd in the helper";
+const CLONE3: &str = "clone3 in the helper";
+
+// Its descriptors.
+const SOCKET: u64 = 0;
+const ENGINES_SOCKET: i32 = 1;
+const WATCH: i32 = 2;
 
 /// Process numbers to be taken, as in the process's PID namespace. The helper's stays taken (as that of a session) as
 /// long as the template is there.
@@ -147,11 +146,14 @@ fn make_below(
     let (brk, is_subreaper) = ask(&mut hand)?;
     reapers.remember(pid, is_subreaper);
     let needs_care = request.careful || hand.stopped.kept.careful.contains(&pid);
+    let mut order =
+        Order { request, is_subreaper, watches: Watch::pays(before.anonymous_bytes) && !is_watched(&hand)? };
     let careful = needs_care || before.locked_bytes > 0 || has_shared_writable(pid)?;
     let mut outline = Outline { pid, mappings: None, area: hand.area(), brk, is_subreaper };
     let mut freezer = freezer;
     if !careful {
-        let template = clone(&mut hand, freezer, request, Advised::none(), is_subreaper)?;
+        let template = clone(&mut hand, freezer, &order, Advised::none())?;
+        order.watches = false;
         let copied = Counts::read(template.pid()).map_err(process("read the state of", template.pid()))?;
         // What the calls needed came before the copy.
         let own = Counts::read(pid).map_err(process("read the state of", pid))?;
@@ -174,7 +176,7 @@ fn make_below(
         hand.stopped.kept.careful.retain(|other| *other != pid);
     }
     let left_out_bytes = advised.left_out_bytes();
-    let template = clone(&mut hand, freezer, request, advised, is_subreaper)?;
+    let template = clone(&mut hand, freezer, &order, advised)?;
     let copied = Counts::read(template.pid()).map_err(process("read the state of", template.pid()))?;
     adopted(&template, pid, copied, request)?;
     // Pages may have been given up since (MADV_FREE); mappings may not.
@@ -221,6 +223,12 @@ pub(super) fn ask(hand: &mut Hand<'_>) -> Result<(u64, bool), TemplateError> {
     Ok((results[0].cast_unsigned(), bytes != [0; 4]))
 }
 
+/// Whether what a process writes is watched.
+fn is_watched(hand: &Hand<'_>) -> Result<bool, TemplateError> {
+    let pages = Pages::of(hand.pid()).map_err(process("open the memory of", hand.pid()))?;
+    Ok(hand.stopped.kept.watches.has(hand.pid(), &pages))
+}
+
 /// Whether something is mapped that the process and its copy would both write to.
 fn has_shared_writable(pid: pid_t) -> Result<bool, TemplateError> {
     let failed = process("read the mappings of", pid);
@@ -240,17 +248,24 @@ fn has_shared_writable(pid: pid_t) -> Result<bool, TemplateError> {
 /// Calls around the clone that are not advice: the clone, the wait, the subreaper off and on.
 const N_OTHER_CALLS: usize = 4;
 
+/// What the helper is to make.
+struct Order<'a> {
+    request: &'a Request,
+    is_subreaper: bool,
+    /// A descriptor to watch the memory with, too.
+    watches: bool,
+}
+
 /// The double fork, within the advice that it needs.
 fn clone(
     hand: &mut Hand<'_>,
     freezer: Freezer,
-    request: &Request,
+    order: &Order<'_>,
     advised: Advised,
-    is_subreaper: bool,
 ) -> Result<Template, TemplateError> {
     let (within, apart) = advised.split(N_CALLS - N_OTHER_CALLS);
     let ahead = advise(hand, &apart.before());
-    let cloned = ahead.and_then(|()| clone_within(hand, freezer, request, &within, is_subreaper));
+    let cloned = ahead.and_then(|()| clone_within(hand, freezer, order, &within));
     let template = match advise(hand, &apart.after()) {
         Ok(()) => cloned?,
         Err(error) => {
@@ -271,13 +286,12 @@ fn advise(hand: &mut Hand<'_>, calls: &[Call]) -> Result<(), TemplateError> {
 fn clone_within(
     hand: &mut Hand<'_>,
     freezer: Freezer,
-    request: &Request,
+    &Order { request, is_subreaper, watches }: &Order<'_>,
     advised: &Advised,
-    is_subreaper: bool,
 ) -> Result<Template, TemplateError> {
     let pid = hand.pid();
     let data = hand.area().start + DATA as u64;
-    write_data(hand, data, request)?;
+    write_data(hand, data, request, watches)?;
     let mut calls = advised.before();
     let set_reaper = |on: u64| call(libc::SYS_prctl, &[libc::PR_SET_CHILD_SUBREAPER.cast_unsigned().into(), on]);
     calls.extend(is_subreaper.then(|| set_reaper(0)));
@@ -300,14 +314,24 @@ fn clone_within(
         ..CloneCall::default()
     };
     hand.write(data + CLONE_HELPER, &helper.bytes())?;
+    let mut uffd = None;
     let hand_over = |pidfd: BorrowedFd<'_>| {
         let failed = process("hand a cgroup to the helper of", pid);
-        let socket = pidfd_getfd(pidfd, 1).map_err(failed)?;
-        send_with_fds(socket.as_fd(), &[0], &[freezer.directory()]).map_err(failed).map(drop)
+        let socket = pidfd_getfd(pidfd, ENGINES_SOCKET).map_err(failed)?;
+        send_with_fds(socket.as_fd(), &[0], &[freezer.directory()]).map_err(failed)?;
+        if watches {
+            uffd = Some(pidfd_getfd(pidfd, WATCH).map_err(failed)?);
+        }
+        Ok(())
     };
-    let mut ran = hand.run_with_helper(&calls, &helper_calls(data), hand_over)?;
+    let (names, helper): (Vec<_>, Vec<_>) = helper_calls(data, watches).into_iter().unzip();
+    let mut ran = hand.run_with_helper(&calls, &helper, hand_over)?;
     ran.attended.take().unwrap_or(Ok(()))?;
-    judge(pid, &ran, cloned_at, request)?;
+    judge(pid, &ran, cloned_at, request, &names)?;
+    if let Some(uffd) = uffd {
+        let watch = Watch::new(pid, uffd, &hand.area()).map_err(process("watch the memory of", pid))?;
+        hand.stopped.kept.watches.add(watch);
+    }
     let undone = ran.results[cloned_at + 2..].iter().chain(&ran.results[..cloned_at]);
     undone.copied().try_for_each(|result| check(pid, "madvise or prctl", result))?;
     fault::point("template.cloned").map_err(process("make a template of", pid))?;
@@ -324,13 +348,15 @@ fn clone_within(
 }
 
 /// Writes all that the calls point at.
-fn write_data(hand: &Hand<'_>, data: u64, request: &Request) -> Result<(), TemplateError> {
+fn write_data(hand: &Hand<'_>, data: u64, request: &Request, watches: bool) -> Result<(), TemplateError> {
+    // Of the descriptors that there are, the next one is the cgroup's.
+    let received = WATCH + i32::from(watches);
     let template = CloneCall {
         // The table is the helper's: what that closes is closed here too.
         flags: flags(libc::CLONE_FILES | libc::CLONE_UNTRACED),
         exit_signal: libc::SIGCHLD.cast_unsigned().into(),
         set_tid: request.numbers.map_or(0, |_| data + NUMBERS + 4),
-        cgroup: Some(2),
+        cgroup: Some(u64::from(received.cast_unsigned())),
         ..CloneCall::default()
     };
     hand.write(data + CLONE_TEMPLATE, &template.bytes())?;
@@ -343,37 +369,50 @@ fn write_data(hand: &Hand<'_>, data: u64, request: &Request) -> Result<(), Templ
     Ok(())
 }
 
-fn helper_calls(data: u64) -> [Call; NAMES.len()] {
+/// The helper's calls, each with its name.
+fn helper_calls(data: u64, watches: bool) -> Vec<(&'static str, Call)> {
     let last = u32::MAX.into();
     let kind = (libc::SOCK_DGRAM | libc::SOCK_CLOEXEC).cast_unsigned().into();
     let unblock = libc::SIG_UNBLOCK.cast_unsigned().into();
-    [
-        call(libc::SYS_close_range, &[0, last, libc::CLOSE_RANGE_UNSHARE.into()]),
-        call(libc::SYS_setsid, &[]),
-        // 0 and 1, for the table is empty; what is received is 2.
-        call(libc::SYS_socketpair, &[flags(libc::AF_UNIX), kind, 0, data + PAIR]),
-        call(libc::SYS_rt_sigprocmask, &[unblock, data + MARKER, 0, 8]),
-        call(libc::SYS_recvmsg, &[0, data + HEADER, flags(libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC)]),
-        call(libc::SYS_clone3, &[data + CLONE_TEMPLATE, CloneCall::LEN_BYTES as u64]),
-        call(libc::SYS_close_range, &[0, last, 0]),
-        call(libc::SYS_exit_group, &[0]),
-    ]
+    let mut calls = vec![
+        ("close_range in the helper", call(libc::SYS_close_range, &[0, last, libc::CLOSE_RANGE_UNSHARE.into()])),
+        ("setsid in the helper", call(libc::SYS_setsid, &[])),
+        // The table is empty: each gets the lowest numbers.
+        (SOCKETPAIR, call(libc::SYS_socketpair, &[flags(libc::AF_UNIX), kind, 0, data + PAIR])),
+    ];
+    let watch = flags(libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY);
+    calls.extend(watches.then(|| (USERFAULTFD, call(libc::SYS_userfaultfd, &[watch]))));
+    let receive = [SOCKET, data + HEADER, flags(libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC)];
+    calls.extend([
+        ("rt_sigprocmask in the helper", call(libc::SYS_rt_sigprocmask, &[unblock, data + MARKER, 0, 8])),
+        ("recvmsg in the helper", call(libc::SYS_recvmsg, &receive)),
+        (CLONE3, call(libc::SYS_clone3, &[data + CLONE_TEMPLATE, CloneCall::LEN_BYTES as u64])),
+        ("close_range in the helper", call(libc::SYS_close_range, &[0, last, 0])),
+        ("exit_group in the helper", call(libc::SYS_exit_group, &[0])),
+    ]);
+    calls
 }
 
 /// What went wrong, if something did.
-fn judge(pid: pid_t, ran: &Ran<TemplateError>, cloned_at: usize, request: &Request) -> Result<(), TemplateError> {
+fn judge(
+    pid: pid_t,
+    ran: &Ran<TemplateError>,
+    cloned_at: usize,
+    request: &Request,
+    names: &[&'static str],
+) -> Result<(), TemplateError> {
     let number = |of: fn(Numbers) -> pid_t| request.numbers.map_or(0, of);
     if let Some(errno) = errno(ran.results[cloned_at]) {
         return Err(denied(pid, "clone3", errno, number(|numbers| numbers.helper)));
     }
-    for (at, result) in ran.helper.iter().enumerate() {
+    for (name, result) in names.iter().zip(&ran.helper) {
         let Some(errno) = errno(*result) else { continue };
-        let error = match at {
-            SOCKETPAIR if errno == libc::EMFILE => TemplateRefusal::TooFewDescriptors { pid }.into(),
+        let error = match *name {
+            SOCKETPAIR | USERFAULTFD if errno == libc::EMFILE => TemplateRefusal::TooFewDescriptors { pid }.into(),
             // The cgroup's descriptor was not received.
             CLONE3 if errno == libc::EBADF => TemplateRefusal::TooFewDescriptors { pid }.into(),
-            CLONE3 => denied(pid, NAMES[at], errno, number(|numbers| numbers.template)),
-            _ => check(pid, NAMES[at], *result).err().unwrap_or(TemplateRefusal::TemplateGone { pid }.into()),
+            CLONE3 => denied(pid, CLONE3, errno, number(|numbers| numbers.template)),
+            name => check(pid, name, *result).err().unwrap_or(TemplateRefusal::TemplateGone { pid }.into()),
         };
         return Err(error);
     }

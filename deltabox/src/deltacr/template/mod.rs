@@ -36,6 +36,7 @@ mod thread;
 mod threads;
 mod unchanged;
 mod wares;
+mod watch;
 mod zombie;
 
 pub use error::{TemplateError, TemplateRefusal};
@@ -55,4 +56,5 @@ pub(super) use restore::{First, Tree, check_rebuild, plan_in_place, restore_as_p
 pub use source::Source;
 pub use threads::Threads;
 pub(super) use unchanged::outline_if_unchanged;
+pub(super) use watch::Watches;
 pub use zombie::{End, make_zombie};

@@ -13,8 +13,9 @@ use std::sync::Arc;
 
 use super::compare::{compare, look, parts};
 use super::mapping::{Advice, Mapping};
-use super::ranges::{len_of, push, within, without};
+use super::ranges::{len_of, push, union, within, without};
 use super::source::{PAGE_BYTES, Pages, Source};
+use super::watch::Known;
 
 /// Bytes on their way at once (chosen: they stay in the cache).
 const BUFFER_BYTES: u64 = 256 * 1024;
@@ -39,20 +40,36 @@ fn is_restored(mapping: &Mapping) -> bool {
     !mapping.is_kernels() && !is_elsewhere && !is_the_files
 }
 
-/// Compares all pages of `mappings`.
+/// Finds what differs in `mappings`, of which something may be `known`.
 ///
-/// The entries of those are read on both sides; where there are none, only what the process has of its own is looked
-/// for. To look for it everywhere took two thirds of the time: either way the kernel touches what it keeps of each page.
-pub(super) fn find(source: &Source, present: &Arc<Pages>, mappings: &[Mapping]) -> io::Result<Differences> {
-    let mut differences = Differences::default();
+/// Otherwise the entries of the template's own pages are read on both sides; where there are none, only what the process
+/// has of its own is looked for. To look for it everywhere took two thirds of the time: either way the kernel touches what
+/// it keeps of each page.
+pub(super) fn find(
+    source: &Source,
+    present: &Arc<Pages>,
+    mappings: &[Mapping],
+    known: Option<&Known>,
+) -> io::Result<Differences> {
     let spans = spans(mappings);
     let had = within(&own(source, &spans)?, &spans);
-    let found = compare(source.pages(), present, &had)?;
+    let (watched, equal) = known.map_or((&[][..], &[][..]), |known| (&known.spans, &known.equal));
+    let found = compare(source.pages(), present, &without(&had, watched))?;
+    let watched = within(&had, watched);
+    let mut dropped = Vec::new();
     for window in windows(&spans, &had) {
-        differences.dropped.extend(without(&present.scan_own(window)?, &had));
+        dropped.extend(without(&present.scan_own(window)?, &had));
     }
-    (differences.copied, differences.n_equal) = (found.written, found.n_equal);
-    Ok(differences)
+    Ok(Differences {
+        copied: union(&found.written, &without(&watched, equal)),
+        dropped,
+        n_equal: found.n_equal + n_pages(&within(&watched, equal)),
+    })
+}
+
+/// Pages in ranges.
+pub(super) fn n_pages(ranges: &[Range<u64>]) -> u64 {
+    len_of(ranges) as u64 / PAGE_BYTES
 }
 
 /// The pages that both have and that are not one, if they have the same, and at most `most` bytes of them are not one.

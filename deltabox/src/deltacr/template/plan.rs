@@ -6,6 +6,7 @@ use libc::pid_t;
 
 use super::error::TemplateRefusal;
 use super::mapping::{Advice, Mapping};
+use super::ranges::without;
 
 /// What is to be done with a range of addresses.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,15 +85,19 @@ pub(super) fn broken<'a>(wanted: &'a [Mapping], present: &[Mapping]) -> Vec<&'a 
     wanted.iter().filter(|was| !was.is_kernels() && !is_whole(was)).collect()
 }
 
-/// All steps that map something whole anew.
-pub(super) fn whole(
+/// All steps that map something anew, but for `kept`.
+pub(super) fn again(
     pid: pid_t,
     was: &Mapping,
+    kept: &[Range<u64>],
     has_file: &dyn Fn(&Mapping) -> bool,
 ) -> Result<Vec<(Range<u64>, Step)>, TemplateRefusal> {
     refuse_lost(pid, was, has_file)?;
-    let mut steps = vec![(was.range(), Step::Map(Box::new(was.clone())))];
-    steps.extend(advice(was, None).into_iter().map(|step| (was.range(), step)));
+    let mut steps = Vec::new();
+    for range in without(&[was.range()], kept) {
+        steps.push((range.clone(), Step::Map(Box::new(was.clone()))));
+        steps.extend(advice(was, None).into_iter().map(|step| (range.clone(), step)));
+    }
     Ok(steps)
 }
 
@@ -225,7 +230,9 @@ mod tests {
         let map = || Step::Map(Box::new(was[0].clone()));
         assert_eq!(steps(&was, &is), [(30..40, Step::Unmap), (10..12, map()), (13..20, map())]);
         assert_eq!(broken(&was, &is), [&was[0]]);
-        assert_eq!(whole(1, &was[0], &|_| false).expect("steps"), [(10..20, map())]);
+        assert_eq!(again(1, &was[0], &[], &|_| false).expect("steps"), [(10..20, map())]);
+        let gaps = [(10..12, map()), (14..20, map())];
+        assert_eq!(again(1, &was[0], &[12..14, 30..40], &|_| false).expect("steps"), gaps);
     }
 
     #[test]

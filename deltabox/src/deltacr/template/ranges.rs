@@ -47,6 +47,20 @@ pub(super) fn without(left: &[Range<u64>], right: &[Range<u64>]) -> Vec<Range<u6
     rest
 }
 
+/// What is in either of two lists.
+pub(super) fn union(left: &[Range<u64>], right: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut all: Vec<Range<u64>> = left.iter().chain(right).cloned().collect();
+    all.sort_unstable_by_key(|range| range.start);
+    let mut joined: Vec<Range<u64>> = Vec::with_capacity(all.len());
+    for range in all {
+        match joined.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
 /// Bytes in ranges. Address ranges of this machine fit.
 pub(super) fn len_of(ranges: &[Range<u64>]) -> usize {
     ranges.iter().map(|range| usize::try_from(range.end - range.start).unwrap_or(usize::MAX)).sum()
@@ -77,10 +91,11 @@ mod tests {
     proptest! {
         #[test]
         fn sets_of_ranges_behave_as_sets(left in ranges(), right in ranges()) {
-            let (common, rest) = (within(&left, &right), without(&left, &right));
+            let (common, rest, all) = (within(&left, &right), without(&left, &right), union(&left, &right));
             for at in 0..120 {
                 prop_assert_eq!(holds(&common, at), holds(&left, at) && holds(&right, at));
                 prop_assert_eq!(holds(&rest, at), holds(&left, at) && !holds(&right, at));
+                prop_assert_eq!(holds(&all, at), holds(&left, at) || holds(&right, at));
             }
             let windows = windows(&left, &right);
             for at in 0..120 {
@@ -88,7 +103,7 @@ mod tests {
                 prop_assert!(!is_needed || holds(&windows, at));
                 prop_assert!(!holds(&windows, at) || holds(&left, at));
             }
-            for list in [common, rest] {
+            for list in [common, rest, all] {
                 prop_assert!(list.windows(2).all(|pair| pair[0].end < pair[1].start));
             }
         }

@@ -11,7 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::error::{TemplateError, TemplateRefusal, process};
 use super::freezer::Freezer;
 use super::gauge::Gauge;
-use super::source::{OwnPages, Pages};
+use super::source::{Learnt, Pages};
 use crate::sys::process::{pidfd_open, pidfd_send_signal};
 
 /// A frozen copy of a process. It outlives this handle, and the engine.
@@ -20,7 +20,7 @@ pub struct Template {
     pid: pid_t,
     pidfd: Arc<OwnedFd>,
     freezer: Freezer,
-    own: Arc<OwnPages>,
+    learnt: Arc<Learnt>,
 }
 
 impl Template {
@@ -37,7 +37,7 @@ impl Template {
                 if freezer.processes()? != [pid] {
                     return Ok(Err(freezer));
                 }
-                Ok(Ok(Self { pid, pidfd, freezer, own: Arc::default() }))
+                Ok(Ok(Self { pid, pidfd, freezer, learnt: Arc::default() }))
             }
             many => Err(TemplateRefusal::Occupied { n_processes: many.len() }.into()),
         }
@@ -59,8 +59,8 @@ impl Template {
     }
 
     /// Where its pages are found, and what is known of them.
-    pub(super) fn pages(&self) -> io::Result<(Pages, Arc<OwnPages>)> {
-        Ok((Pages::of(self.pid)?, self.own.clone()))
+    pub(super) fn pages(&self) -> io::Result<(Pages, Arc<Learnt>)> {
+        Ok((Pages::of(self.pid)?, self.learnt.clone()))
     }
 
     /// Whether it lives (it may have been killed from outside).

@@ -20,7 +20,8 @@ use super::error::{TemplateError, TemplateRefusal, check, process};
 use super::mapping::{Advice, Mapping, read_maps, read_smaps};
 use super::memory::{Counts, Memory, without};
 use super::pages;
-use super::plan::{Step, broken, covering, plan, whole};
+use super::plan::{Step, again, broken, covering, plan};
+use super::ranges;
 use super::source::{PAGE_BYTES, Pages, Source};
 use super::threads::Threads;
 use super::wares::Wares;
@@ -181,16 +182,19 @@ fn put_memory(
     let begin = Instant::now();
     let present = Arc::new(Pages::of(pid).map_err(process("open the memory of", pid))?);
     let wanted: Vec<Mapping> = room.wanted();
-    let differences = pages::find(source, &present, &wanted).map_err(process("compare the pages of", pid))?;
+    let failed = process("compare the pages of", pid);
+    let known = hand.stopped.kept.watches.known(pid, &present, source).map_err(failed)?;
+    let differences = pages::find(source, &present, &wanted, known.as_ref()).map_err(failed)?;
     report.comparison = begin.elapsed();
     let begin = Instant::now();
     drop_pages(&mut hand, &wanted, &differences.dropped)?;
     hand.close()?;
     // A locked mapping, and one with pages made ahead, are copied to all the same.
     pages::copy(source.pages(), &present, &differences.copied).map_err(process("copy the pages of", pid))?;
+    stopped.kept.watches.begin(pid, &present, source).map_err(process("watch the pages of", pid))?;
     report.n_equal_pages = differences.n_equal;
-    report.n_copied_pages = n_pages(&differences.copied);
-    report.n_dropped_pages = n_pages(&differences.dropped);
+    report.n_copied_pages = pages::n_pages(&differences.copied);
+    report.n_dropped_pages = pages::n_pages(&differences.dropped);
     report.pages = begin.elapsed();
     Ok(())
 }
@@ -206,10 +210,6 @@ pub(super) fn plan_mappings<'a>(
     let first = room.plan_first(&mut hand)?;
     hand.close()?;
     Ok((room, first))
-}
-
-fn n_pages(ranges: &[Range<u64>]) -> u64 {
-    ranges.iter().map(|range| (range.end - range.start) / PAGE_BYTES).sum()
 }
 
 /// A process's addresses but for the engine's area in it.
@@ -360,6 +360,7 @@ impl<'a> Room<'a> {
         let First { present, steps, heap: Range { start: now, end: then } } = first;
         let mut planned = Some((present, steps));
         let heap = 0..0;
+        let mut is_mended = false;
         for _ in 0..N_ATTEMPTS {
             let (present, mut steps) = match planned.take() {
                 Some(planned) => planned,
@@ -374,9 +375,19 @@ impl<'a> Room<'a> {
                 if parted.is_empty() {
                     return if self.is_careful { Ok(()) } else { self.say_again(hand) };
                 }
+                let watched = if is_mended { Vec::new() } else { self.watched(hand, &parted)? };
+                is_mended = true;
+                let mut gaps = Vec::new();
                 for one in parted {
-                    steps.extend(whole(pid, one, &|mapping| self.has_file_for(mapping))?);
+                    gaps.extend(ranges::without(&[one.range()], &watched));
+                    steps.extend(again(pid, one, &watched, &|mapping| self.has_file_for(mapping))?);
                 }
+                self.make(hand, source, &steps, report)?;
+                if !watched.is_empty() {
+                    let failed = process("watch the pages of", pid);
+                    hand.stopped.kept.watches.extend(pid, &gaps).map_err(failed)?;
+                }
+                continue;
             }
             self.make(hand, source, &steps, report)?;
         }
@@ -392,6 +403,14 @@ impl<'a> Room<'a> {
             Some(range) => Err(TemplateRefusal::Unequal { pid, range }.into()),
             None => Ok(()),
         }
+    }
+
+    /// What of mappings that are in pieces is watched. The kernel joins nothing to that but what is watched too.
+    fn watched(&self, hand: &Hand<'_>, parted: &[&Mapping]) -> Result<Vec<Range<u64>>, TemplateError> {
+        let failed = process("look at the pages of", self.pid);
+        let pages = Pages::of(self.pid).map_err(failed)?;
+        let ranges = parted.iter().map(|one| hand.stopped.kept.watches.watched(self.pid, &pages, one.range()));
+        Ok(ranges.collect::<io::Result<Vec<_>>>().map_err(failed)?.concat())
     }
 
     fn make(

@@ -5,15 +5,16 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use libc::pid_t;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use nix::unistd::Pid;
 
-use super::ranges::len_of;
+use super::ranges::{len_of, push};
 use super::remove::Template;
-use crate::sys::memory::{PageRegion, pagemap_own};
+use super::watch::Generation;
+use crate::sys::memory::{PageRegion, Search, pagemap_scan};
 
 pub(super) const PAGE_BYTES: u64 = 4096;
 /// Parts of one transfer (the kernel's UIO_MAXIOV).
@@ -25,12 +26,16 @@ const N_REGIONS: usize = 1024;
 #[derive(Debug)]
 pub struct Source {
     pages: Arc<Pages>,
-    own: Arc<OwnPages>,
+    learnt: Arc<Learnt>,
 }
 
-/// Which pages of a template are its own, once somebody has looked: it never runs, so that does not change.
+/// What was found out about a template. It never runs, so that does not change.
 #[derive(Debug, Default)]
-pub(super) struct OwnPages(Mutex<Option<Looked>>);
+pub(super) struct Learnt {
+    /// Which pages are its own, once somebody has looked.
+    own: Mutex<Option<Looked>>,
+    generation: OnceLock<Arc<Generation>>,
+}
 
 /// Addresses that were looked at, and what of them is its own.
 type Looked = (Range<u64>, Arc<[Range<u64>]>);
@@ -41,8 +46,8 @@ impl Source {
     /// # Errors
     /// It is gone.
     pub fn of(template: &Template) -> io::Result<Self> {
-        let (pages, own) = template.pages()?;
-        Ok(Self { pages: Arc::new(pages), own })
+        let (pages, learnt) = template.pages()?;
+        Ok(Self { pages: Arc::new(pages), learnt })
     }
 
     /// The process that has them.
@@ -57,7 +62,7 @@ impl Source {
     /// Ranges of pages within `whole` that are its own, as [`Pages::scan_own`] has them; only the first time costs
     /// anything (0.1 us for each page).
     pub(super) fn own(&self, whole: Range<u64>) -> io::Result<Arc<[Range<u64>]>> {
-        let mut looked = self.own.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut looked = self.learnt.own.lock().unwrap_or_else(PoisonError::into_inner);
         match &*looked {
             Some((at, own)) if *at == whole => Ok(own.clone()),
             _ => {
@@ -66,6 +71,16 @@ impl Source {
                 Ok(own)
             }
         }
+    }
+
+    /// What its pages have in common with those of other templates.
+    pub(super) fn generation(&self) -> Arc<Generation> {
+        self.begin_generation(Generation::default())
+    }
+
+    /// The same; it is `next` if nobody has said yet.
+    pub(super) fn begin_generation(&self, next: Generation) -> Arc<Generation> {
+        self.learnt.generation.get_or_init(|| Arc::new(next)).clone()
     }
 }
 
@@ -105,23 +120,23 @@ impl Pages {
 
     /// Ranges of pages within `range` that are the process's own: in memory or swapped, not of a file.
     pub(super) fn scan_own(&self, range: Range<u64>) -> io::Result<Vec<Range<u64>>> {
-        let mut own: Vec<Range<u64>> = Vec::new();
+        self.scan(range, Search::OWN)
+    }
+
+    /// Ranges of pages within `range` that are what is searched for.
+    pub(super) fn scan(&self, range: Range<u64>, search: Search) -> io::Result<Vec<Range<u64>>> {
+        let mut found = Vec::new();
         let mut regions = [PageRegion::default(); N_REGIONS];
         let mut at = range.start;
         while at < range.end {
-            let (n, reached) = pagemap_own(self.pagemap.as_fd(), at..range.end, &mut regions)?;
-            for region in &regions[..n] {
-                match own.last_mut() {
-                    Some(last) if last.end == region.start => last.end = region.end,
-                    _ => own.push(region.start..region.end),
-                }
-            }
+            let (n, reached) = pagemap_scan(self.pagemap.as_fd(), at..range.end, search, &mut regions)?;
+            regions[..n].iter().for_each(|region| push(&mut found, region.start..region.end));
             if reached <= at {
                 return Err(io::ErrorKind::InvalidData.into());
             }
             at = reached;
         }
-        Ok(own)
+        Ok(found)
     }
 
     /// The entries of a range's pages.

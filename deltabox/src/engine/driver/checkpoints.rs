@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use super::merging::no_room;
 use super::spare::SpareRoot;
 use super::{Driver, MAX_LAYERS, io_error};
-use crate::deltacr::moment::{self, Draft, Moment, Nursery};
+use crate::deltacr::moment::{self, Moment, Nursery};
 use crate::deltafs::layer::{LayerId, LiveLayer, RootLook};
 use crate::deltafs::layers::{Stack, StackError};
 use crate::engine::api::{BackReport, CheckpointReport, CheckpointRequest, PhaseTime, RollbackReport, RollbackRequest};
@@ -143,7 +143,7 @@ impl Driver {
             }
         };
         let (frozen, mut measured, old) = measured_of(switched);
-        let moment = match draft.map(Draft::complete).transpose() {
+        let moment = match draft.map(|draft| draft.complete(&mut self.tracer)).transpose() {
             Ok(moment) => moment,
             Err(error) => {
                 self.clean_up(old, None);

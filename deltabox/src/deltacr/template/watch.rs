@@ -1,0 +1,304 @@
+//! Watching what a big process writes, so that a return need not compare all its pages with the template's.
+//!
+//! ```text
+//!              template T1 made            T2 made                     back to T1
+//! process  ----|stop|=======w=====w=======|stop|=====w=========w======|stop|---
+//!                    ^ protect             ^  protect again            ^ unwritten since T2, and alike in T1 and T2: equal
+//!                      compare what was      note what T1 and T2         the rest is copied, all is protected again
+//!                      written before        have alike
+//! ```
+//! The kernel protects pages for us (userfaultfd, WP_ASYNC), lifts that by itself at a write and remembers it: the process
+//! is never halted for it, and where a first write copies the page for the template's sake it costs nothing more. The
+//! descriptor belongs to the memory, not to a number: it is made by the helper that makes the template, in a table of its
+//! own, so that nothing is left in the process whenever the engine dies; with it goes the protection.
+//!
+//! What is known: **a page that is protected and not doubtful has the content of the template's page.** It is protected first
+//! and compared then. Memory that is unmapped, mapped anew, moved or dropped is not protected any more. Not seen is a device
+//! that writes to pages pinned before: those are copied by the fork, found different, and doubtful for as long as they
+//! are protected.
+//!
+//! The kernel joins no new mapping to one that is watched. So only big ones are, and each time only those that are big beside
+//! what is watched already: their number grows with the logarithm of the memory.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, LazyLock};
+
+use libc::pid_t;
+
+use super::compare::compare;
+use super::mapping::{Advice, Mapping};
+use super::memory::Memory;
+use super::ranges::{len_of, push, union, within, without};
+use super::remove::Template;
+use super::source::{PAGE_BYTES, Pages, Source};
+use crate::sys::blob::AREA_SLOTS;
+use crate::sys::memory::{Search, UFFD_USER_MODE_ONLY, uffd_api, uffd_feature, uffd_register_wp, userfaultfd};
+
+/// Processes with less memory of their own are not watched (chosen: to compare it takes 0.3 ms).
+const LEAST_BYTES: u64 = 8 << 20;
+/// Nor mappings with less (chosen: as many more are compared in 0.15 ms), or less than this part of what is watched.
+const LEAST_MAPPED_BYTES: u64 = 4 << 20;
+const LEAST_PART: u64 = 16;
+/// Generations that are remembered (chosen: beyond, one comparison of everything begins the next ones).
+const MOST_GENERATIONS: usize = 64;
+/// Ranges that two generations may have alike to be remembered: 16 bytes each (chosen).
+const MOST_RANGES: usize = 16 * 1024;
+
+/// A template among those made of one memory, each after the other.
+#[derive(Debug, Default)]
+pub(super) struct Generation {
+    /// How many are before it.
+    depth: usize,
+    /// The one that its process came from, and where it surely has the same pages.
+    parent: Option<(Arc<Generation>, Vec<Range<u64>>)>,
+}
+
+impl Generation {
+    fn below(parent: &Arc<Self>, alike: Vec<Range<u64>>) -> Self {
+        if parent.depth >= MOST_GENERATIONS || alike.len() > MOST_RANGES {
+            return Self::default();
+        }
+        match &parent.parent {
+            // Nobody can go back there any more: the child takes its place.
+            Some((above, also)) if Arc::strong_count(parent) == 1 => {
+                Self { depth: parent.depth, parent: Some((above.clone(), within(&alike, also))) }
+            }
+            _ => Self { depth: parent.depth + 1, parent: Some((parent.clone(), alike)) },
+        }
+    }
+
+    /// What of `known` is the same in both; `None` if they have no common ancestor that is remembered.
+    fn alike(from: &Arc<Self>, to: &Arc<Self>, known: Vec<Range<u64>>) -> Option<Vec<Range<u64>>> {
+        let (mut from, mut to, mut known) = (from, to, known);
+        while !Arc::ptr_eq(from, to) {
+            let lower = if from.depth >= to.depth { &mut from } else { &mut to };
+            let (above, alike) = lower.parent.as_ref()?;
+            known = within(&known, alike);
+            *lower = above;
+        }
+        Some(known)
+    }
+}
+
+/// The watch over one process's memory.
+#[derive(Debug)]
+pub(in crate::deltacr) struct Watch {
+    pid: pid_t,
+    uffd: OwnedFd,
+    /// A page of the engine's area, watched too: whether the number still names the memory that the descriptor does.
+    sign: Range<u64>,
+    /// What is watched, as far as it is still mapped.
+    spans: Vec<Range<u64>>,
+    /// The last template of which is known what is the same.
+    since: Option<Arc<Generation>>,
+    /// Protected, and yet maybe not what the template has.
+    doubtful: Vec<Range<u64>>,
+}
+
+impl Watch {
+    /// Whether a process is big enough, and the kernel able.
+    pub(super) fn pays(own_bytes: u64) -> bool {
+        static WORKS: LazyLock<bool> = LazyLock::new(|| {
+            userfaultfd(UFFD_USER_MODE_ONLY).and_then(|uffd| uffd_api(uffd.as_fd(), uffd_feature::WATCHING)).is_ok()
+        });
+        own_bytes >= LEAST_BYTES && *WORKS
+    }
+
+    /// With a descriptor that was made for the process's memory; `area` is the engine's in it.
+    pub(super) fn new(pid: pid_t, uffd: OwnedFd, area: &Range<u64>) -> io::Result<Self> {
+        uffd_api(uffd.as_fd(), uffd_feature::WATCHING)?;
+        let start = area.start + AREA_SLOTS as u64;
+        let sign = start..start + PAGE_BYTES;
+        uffd_register_wp(uffd.as_fd(), start..area.end)?;
+        Ok(Self { pid, uffd, sign, spans: Vec::new(), since: None, doubtful: Vec::new() })
+    }
+
+    /// Whether `pages` are of the memory that is watched: exec makes another, whose area is another too.
+    fn is_of(&self, pages: &Pages) -> bool {
+        pages.scan(self.sign.clone(), Search::WATCHED).is_ok_and(|found| found == [self.sign.clone()])
+    }
+
+    /// Pages that have not been written since the last template, and then were its.
+    fn unwritten(&self, pages: &Pages) -> io::Result<Vec<Range<u64>>> {
+        let mut unwritten = Vec::new();
+        for span in &self.spans {
+            pages.scan(span.clone(), Search::UNWRITTEN)?.into_iter().for_each(|range| push(&mut unwritten, range));
+        }
+        Ok(unwritten)
+    }
+
+    fn protect(&self, pages: &Pages) -> io::Result<Vec<Range<u64>>> {
+        let mut protected = Vec::new();
+        for span in &self.spans {
+            pages.scan(span.clone(), Search::PROTECT)?.into_iter().for_each(|range| push(&mut protected, range));
+        }
+        Ok(protected)
+    }
+
+    /// Turns to a template that was just made of the process, which may run.
+    fn turn_to(&mut self, template: &Template, memory: &Memory) -> io::Result<()> {
+        let pages = Arc::new(Pages::of(self.pid)?);
+        if !self.is_of(&pages) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        let source = Source::of(template)?;
+        let unwritten = self.unwritten(&pages)?;
+        let next = match &self.since {
+            Some(since) => Generation::below(since, without(&unwritten, &self.doubtful)),
+            None => Generation::default(),
+        };
+        self.since = Some(source.begin_generation(next));
+        self.watch_what_pays(memory);
+        // They are protected before they are compared.
+        let unsure = union(&self.protect(&pages)?, &within(&unwritten, &self.doubtful));
+        self.doubtful = compare(source.pages(), &pages, &unsure)?.written;
+        Ok(())
+    }
+
+    /// Watches the mappings that were big at the checkpoint, and those that are watched already.
+    fn watch_what_pays(&mut self, memory: &Memory) {
+        let watched_bytes = len_of(&self.spans) as u64;
+        let least = LEAST_MAPPED_BYTES.max(watched_bytes / LEAST_PART);
+        const NEVER: [Advice; 3] = [Advice::Special, Advice::HugeTlb, Advice::Droppable];
+        let can_be = |one: &Mapping| {
+            !one.shared && !one.has_file() && !one.is_kernels() && NEVER.iter().all(|advice| !one.has(*advice))
+        };
+        let mut spans = Vec::new();
+        for one in memory.mappings.iter().filter(|one| can_be(one)) {
+            let is_watched = || !within(&[one.range()], &self.spans).is_empty();
+            let pays = one.anonymous_bytes >= least || is_watched();
+            // The process may have put something else there since.
+            if pays && uffd_register_wp(self.uffd.as_fd(), one.range()).is_ok() {
+                push(&mut spans, one.range());
+            }
+        }
+        self.spans = spans;
+    }
+}
+
+/// What is known of the pages of a process that is to come back.
+#[derive(Debug)]
+pub(super) struct Known {
+    /// Where it is watched.
+    pub(super) spans: Vec<Range<u64>>,
+    /// Pages in it that are the template's.
+    pub(super) equal: Vec<Range<u64>>,
+}
+
+/// The watches over a sandbox's processes.
+#[derive(Debug, Default)]
+pub(in crate::deltacr) struct Watches(Vec<Watch>);
+
+impl Watches {
+    /// Whether the process behind `pages` is watched.
+    pub(super) fn has(&self, pid: pid_t, pages: &Pages) -> bool {
+        self.0.iter().any(|watch| watch.pid == pid && watch.is_of(pages))
+    }
+
+    /// Takes in a new one, in place of another with the same number.
+    pub(super) fn add(&mut self, watch: Watch) {
+        self.0.retain(|other| other.pid != watch.pid);
+        self.0.push(watch);
+    }
+
+    /// Leaves those of processes that are there no more.
+    pub(in crate::deltacr) fn keep(&mut self, is_there: impl Fn(pid_t) -> bool) {
+        self.0.retain(|watch| is_there(watch.pid));
+    }
+
+    /// After a template was made of process `pid`, which may run again: from now on is watched what becomes of that.
+    pub(in crate::deltacr) fn turn_to(&mut self, pid: pid_t, template: &Template, memory: &Memory) {
+        let Some(at) = self.0.iter().position(|watch| watch.pid == pid) else { return };
+        if let Err(error) = self.0[at].turn_to(template, memory) {
+            // It has ended, or runs another program: the next return compares.
+            tracing::debug!(pid, %error, "not watched any more");
+            self.0.swap_remove(at);
+        }
+    }
+
+    /// What is known of the pages of process `pid`, which is stopped and is to have those of `source`.
+    pub(super) fn known(&mut self, pid: pid_t, pages: &Pages, source: &Source) -> io::Result<Option<Known>> {
+        let Some(watch) = self.0.iter_mut().find(|watch| watch.pid == pid) else { return Ok(None) };
+        let Some(since) = watch.since.as_ref().filter(|_| watch.is_of(pages)) else { return Ok(None) };
+        let unwritten = watch.unwritten(pages)?;
+        let known = without(&unwritten, &watch.doubtful);
+        watch.doubtful = within(&watch.doubtful, &unwritten);
+        let alike = Generation::alike(since, &source.generation(), known);
+        Ok(alike.map(|equal| Known { spans: watch.spans.clone(), equal }))
+    }
+
+    /// After process `pid` was given the pages of `source`, still stopped: from now on is watched what becomes of that.
+    pub(super) fn begin(&mut self, pid: pid_t, pages: &Pages, source: &Source) -> io::Result<()> {
+        let Some(watch) = self.0.iter_mut().find(|watch| watch.pid == pid) else { return Ok(()) };
+        if watch.is_of(pages) {
+            watch.protect(pages)?;
+            watch.since = Some(source.generation());
+        }
+        Ok(())
+    }
+
+    /// What of `range` is watched.
+    pub(super) fn watched(&self, pid: pid_t, pages: &Pages, range: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        match self.has(pid, pages) {
+            true => pages.scan(range, Search::WATCHED),
+            false => Ok(Vec::new()),
+        }
+    }
+
+    /// Watches `ranges` too, in which there are no pages yet: so the kernel joins them to watched neighbours.
+    pub(super) fn extend(&self, pid: pid_t, ranges: &[Range<u64>]) -> io::Result<()> {
+        let Some(watch) = self.0.iter().find(|watch| watch.pid == pid) else { return Ok(()) };
+        ranges.iter().try_for_each(|range| uffd_register_wp(watch.uffd.as_fd(), range.clone()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A generation, and what its template has of it.
+    fn generation(parent: &Arc<Generation>, alike: &[Range<u64>]) -> [Arc<Generation>; 2] {
+        let one = Arc::new(Generation::below(parent, alike.to_vec()));
+        [one.clone(), one]
+    }
+
+    #[test]
+    fn what_generations_have_alike_is_found_over_their_common_ancestor() {
+        let first = Arc::<Generation>::default();
+        let _template = first.clone();
+        let [left, _template] = generation(&first, &[0..6]);
+        let [right, template] = generation(&first, &[2..9]);
+        let alike = |from: &Arc<_>, to: &Arc<_>| Generation::alike(from, to, vec![0..10]);
+        {
+            let [leaf, _template] = generation(&right, &[3..9]);
+            assert_eq!(alike(&leaf, &leaf), Some(vec![0..10]));
+            assert_eq!(alike(&left, &leaf), Some(vec![3..6]));
+            assert_eq!(alike(&leaf, &left), Some(vec![3..6]));
+            assert_eq!(alike(&leaf, &first), Some(vec![3..9]));
+            let stranger = Arc::default();
+            assert_eq!(alike(&leaf, &stranger), None);
+        }
+        // One whose template is gone is stepped over.
+        drop(template);
+        let [next, _template] = generation(&right, &[5..7]);
+        assert!(next.parent.as_ref().is_some_and(|(above, _)| Arc::ptr_eq(above, &first)));
+        assert_eq!(alike(&next, &left), Some(vec![5..6]));
+    }
+
+    #[test]
+    fn generations_are_not_remembered_for_ever() {
+        let [mut last, template] = generation(&Arc::default(), &[]);
+        let mut templates = vec![template];
+        for depth in last.depth + 1..=MOST_GENERATIONS {
+            let [next, template] = generation(&last, &[0..1]);
+            assert_eq!(next.depth, depth);
+            templates.push(template);
+            last = next;
+        }
+        assert!(Generation::below(&last, vec![0..1]).parent.is_none());
+        let many = (0..MOST_RANGES as u64 + 1).map(|at| 2 * at..2 * at + 1).collect();
+        assert!(Generation::below(&templates[0], many).parent.is_none());
+    }
+}
