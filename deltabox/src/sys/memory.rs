@@ -178,7 +178,13 @@ pub fn pagemap_scan(
     let request = iowr::<ScanArg>(b'f', 16);
     // SAFETY: `arg` is a pm_scan_arg that tells its own size, and `regions` is as long as told.
     let n = check(unsafe { libc::ioctl(pagemap.as_raw_fd(), request, &raw mut arg) }.into())?;
-    Ok((usize::try_from(n).map_err(|_| io::Error::from_raw_os_error(libc::ERANGE))?, arg.walk_end))
+    let n = usize::try_from(n).map_err(|_| io::Error::from_raw_os_error(libc::ERANGE))?;
+    // With room left it went to the end. Then `walk_end` is where a buffer of the kernel's was full last, if one was.
+    let reached = match regions.get(..n).and_then(<[_]>::last) {
+        Some(last) if n == regions.len() => arg.walk_end.max(last.end),
+        _ => range.end,
+    };
+    Ok((n, reached))
 }
 
 /// Features of userfaultfd (include/uapi/linux/userfaultfd.h).
@@ -242,4 +248,35 @@ pub fn process_madvise_cold(pidfd: BorrowedFd<'_>, range: Range<u64>) -> io::Res
         libc::syscall(libc::SYS_process_madvise, pidfd.as_raw_fd(), &raw const part, 1, libc::MADV_COLD, 0)
     })?;
     u64::try_from(n).map_err(|_| io::Error::from_raw_os_error(libc::ERANGE))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn scans_of_any_length_go_on_where_the_last_ended() {
+        const N_REGIONS: u64 = 1500;
+        const PAGE_BYTES: u64 = 4096;
+        let pages = Pages::map(2 * 4096 * 1500).expect("room");
+        for at in 0..1500 {
+            pages.store(2 * 4096 * at, 1).expect("store");
+        }
+        let pagemap = File::open("/proc/self/pagemap").expect("pagemap");
+        for room in [1, 511, 512, 513, 1024, 1499, 1500, 1501, 4000] {
+            let (mut found, mut at) = (Vec::new(), pages.range().start);
+            let mut regions = vec![PageRegion::default(); room];
+            while at < pages.range().end {
+                let (n, reached) =
+                    pagemap_scan(pagemap.as_fd(), at..pages.range().end, Search::OWN, &mut regions).expect("a scan");
+                found.extend(regions[..n].iter().map(|region| region.start..region.end));
+                assert!(reached > at, "no way forward with room for {room}");
+                at = reached;
+            }
+            let every_second = (0..N_REGIONS).map(|at| pages.range().start + 2 * PAGE_BYTES * at);
+            assert!(found.into_iter().eq(every_second.map(|start| start..start + PAGE_BYTES)), "room for {room}");
+        }
+    }
 }
