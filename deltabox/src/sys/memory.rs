@@ -134,10 +134,11 @@ impl Search {
     /// Pages of a process's own: in memory or swapped, neither of a file nor the page of zeros.
     pub const OWN: Self =
         Self { all: 0, none: page_is::FILE | page_is::ZERO, any: page_is::PRESENT | page_is::SWAPPED, flags: 0 };
-    /// Pages that were protected and have not been written since.
+    /// Pages that were protected and have not been written since. (Whether they are of a file is not asked: for that the
+    /// kernel touches what it keeps of each page, 0.08 us.)
     pub const UNWRITTEN: Self = Self {
         all: page_is::WPALLOWED,
-        none: page_is::WRITTEN | page_is::FILE,
+        none: page_is::WRITTEN,
         any: page_is::PRESENT | page_is::SWAPPED,
         flags: 0,
     };
