@@ -117,13 +117,13 @@ const fn iowr<T>(group: u8, number: u8) -> u64 {
     (3 << 30) | ((size_of::<T>() as u64) << 16) | ((group as u64) << 8) | number as u64
 }
 
-/// What PAGEMAP_SCAN is to look for.
+/// What PAGEMAP_SCAN is to look for, in terms of [`page_is`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Search {
-    /// Categories that a page must be in ([`page_is`]).
+    /// Categories of which the opposite counts, in what follows.
+    pub inverted: u64,
+    /// Categories that a page must be in.
     pub all: u64,
-    /// Categories that it must not be in.
-    pub none: u64,
     /// Categories of which it must be in one, if there are any.
     pub any: u64,
     /// What to do besides ([`scan_flag`]).
@@ -132,25 +132,33 @@ pub struct Search {
 
 impl Search {
     /// Pages of a process's own: in memory or swapped, neither of a file nor the page of zeros.
-    pub const OWN: Self =
-        Self { all: 0, none: page_is::FILE | page_is::ZERO, any: page_is::PRESENT | page_is::SWAPPED, flags: 0 };
-    /// Pages that were protected and have not been written since. (Whether they are of a file is not asked: for that the
-    /// kernel touches what it keeps of each page, 0.08 us.)
-    pub const UNWRITTEN: Self = Self {
-        all: page_is::WPALLOWED,
-        none: page_is::WRITTEN,
+    pub const OWN: Self = Self {
+        inverted: page_is::FILE | page_is::ZERO,
+        all: page_is::FILE | page_is::ZERO,
         any: page_is::PRESENT | page_is::SWAPPED,
         flags: 0,
     };
+    /// Pages that were protected and have not been written since. (Whether they are of a file is not asked: for that the
+    /// kernel touches what it keeps of each page, 0.08 us.)
+    pub const UNWRITTEN: Self = Self {
+        inverted: page_is::WRITTEN,
+        all: page_is::WPALLOWED | page_is::WRITTEN,
+        any: page_is::PRESENT | page_is::SWAPPED,
+        flags: 0,
+    };
+    /// Of all that is mapped what is not certainly so: what was written, and where there is no page. Where most was not
+    /// written that costs a quarter of finding the opposite (3 ns for each page): the kernel puts out little.
+    pub const MAYBE_WRITTEN: Self =
+        Self { inverted: page_is::PRESENT, all: 0, any: page_is::WRITTEN | page_is::PRESENT, flags: 0 };
     /// Pages that are not protected (any more); they are from now on.
     pub const PROTECT: Self = Self {
+        inverted: 0,
         all: page_is::WPALLOWED | page_is::WRITTEN,
-        none: 0,
         any: page_is::PRESENT | page_is::SWAPPED,
         flags: scan_flag::WP_MATCHING,
     };
     /// Addresses that are registered for asynchronous write protection, whether there are pages or not.
-    pub const WATCHED: Self = Self { all: page_is::WPALLOWED, none: 0, any: 0, flags: 0 };
+    pub const WATCHED: Self = Self { inverted: 0, all: page_is::WPALLOWED, any: 0, flags: 0 };
 }
 
 /// Finds pages in `range` of the process behind `pagemap`. Returns how many of `regions` were filled, and how far was
@@ -161,7 +169,7 @@ pub fn pagemap_scan(
     search: Search,
     regions: &mut [PageRegion],
 ) -> io::Result<(usize, u64)> {
-    let Search { all, none, any, flags } = search;
+    let Search { inverted, all, any, flags } = search;
     let mut arg = ScanArg {
         size: size_of::<ScanArg>() as u64,
         flags,
@@ -171,10 +179,10 @@ pub fn pagemap_scan(
         vec: regions.as_mut_ptr() as u64,
         vec_len: regions.len() as u64,
         max_pages: 0,
-        category_inverted: none,
-        category_mask: all | none,
+        category_inverted: inverted,
+        category_mask: all,
         category_anyof_mask: any,
-        return_mask: all,
+        return_mask: all & !inverted,
     };
     let request = iowr::<ScanArg>(b'f', 16);
     // SAFETY: `arg` is a pm_scan_arg that tells its own size, and `regions` is as long as told.

@@ -1,24 +1,14 @@
 //! Which pages of two processes are one page: by the entries that the kernel shows of both.
 //!
-//! ```text
-//! parts of 2 MB    0  1  2  3  4  5  6 ...        each is taken once, from the front
-//! tracer           *     *     *                  and at the end what was taken and is not done yet, itself
-//! second thread       *     *     *  (late)       nobody waits for it
-//! ```
 //! To read an entry the kernel looks at what it keeps of the page, which no cache holds: 0.08 us, so 10 ms for 500 MB of
-//! both. Where there are many a second thread of the engine reads along, if a CPU is free; on a busy machine it comes late
-//! or not at all, and has cost a wake-up.
+//! both. Where there are many a second thread reads along.
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Arc, OnceLock};
-
-use nix::sched::{sched_getaffinity, sched_setaffinity};
-use nix::unistd::Pid;
+use std::sync::Arc;
 
 use super::ranges::push;
+use super::second::share;
 use super::source::{PAGE_BYTES, Pages};
 
 /// Pages that are compared at once (chosen): 2 MB, a table of the kernel's.
@@ -37,64 +27,15 @@ pub(super) struct Found {
 
 /// Compares all pages of `ranges`.
 pub(super) fn compare(wanted: &Arc<Pages>, present: &Arc<Pages>, ranges: &[Range<u64>]) -> io::Result<Found> {
-    let parts = parts(ranges);
-    let done = parts.iter().map(|_| OnceLock::new()).collect();
-    let job = Job { wanted: wanted.clone(), present: present.clone(), parts, next: AtomicUsize::new(0), done };
-    let job = Arc::new(job);
-    if job.parts.len() > FEW_PARTS {
-        // One that works for another sandbox is left alone.
-        let _ = second_thread().map(|thread| thread.try_send(job.clone()));
-    }
-    job.work()?;
+    let (wanted, present) = (wanted.clone(), present.clone());
     let mut found = Found::default();
-    for (part, done) in job.parts.iter().zip(&job.done) {
-        let one = match done.get() {
-            Some(one) => one,
-            // The second thread has lost its CPU in the middle of it, or failed: that is found out here too.
-            None => &look(wanted, present, part)?,
-        };
+    let take = |_: &Range<u64>, one: Found| {
         found.n_equal += one.n_equal;
-        one.written.iter().for_each(|range| push(&mut found.written, range.clone()));
-    }
-    Ok(found)
-}
-
-struct Job {
-    wanted: Arc<Pages>,
-    present: Arc<Pages>,
-    parts: Vec<Range<u64>>,
-    next: AtomicUsize,
-    done: Vec<OnceLock<Found>>,
-}
-
-impl Job {
-    /// Takes parts until none is left.
-    fn work(&self) -> io::Result<()> {
-        loop {
-            let at = self.next.fetch_add(1, Ordering::Relaxed);
-            let (Some(part), Some(done)) = (self.parts.get(at), self.done.get(at)) else { return Ok(()) };
-            // Set already only if the other one was given up.
-            let _ = done.set(look(&self.wanted, &self.present, part)?);
-        }
-    }
-}
-
-/// The engine's second thread for this; it lives as long as the engine.
-fn second_thread() -> Option<&'static SyncSender<Arc<Job>>> {
-    static THREAD: OnceLock<Option<SyncSender<Arc<Job>>>> = OnceLock::new();
-    let start = || {
-        let (sender, jobs) = sync_channel::<Arc<Job>>(0);
-        let work = move || {
-            // It was started by a tracer, which is kept on one CPU.
-            if let Ok(cpus) = sched_getaffinity(Pid::this()) {
-                let _ = sched_setaffinity(Pid::from_raw(0), &cpus);
-            }
-            // A failure is the tracer's to find.
-            jobs.into_iter().for_each(|job| drop(job.work()));
-        };
-        std::thread::Builder::new().name("compare".to_owned()).spawn(work).ok().map(|_| sender)
+        one.written.into_iter().for_each(|range| push(&mut found.written, range));
+        Ok(())
     };
-    THREAD.get_or_init(start).as_ref()
+    share(parts(ranges), FEW_PARTS, move |part: &Range<u64>| look(&wanted, &present, part), take)?;
+    Ok(found)
 }
 
 /// Compares the pages of one part.

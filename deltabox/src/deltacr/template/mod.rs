@@ -31,6 +31,7 @@ mod reapers;
 mod rebuild;
 mod remove;
 mod restore;
+mod second;
 mod source;
 mod thread;
 mod threads;

@@ -120,21 +120,12 @@ impl Watch {
         pages.scan(self.sign.clone(), Search::WATCHED).is_ok_and(|found| found == [self.sign.clone()])
     }
 
-    /// Pages that have not been written since the last template, and then were its.
-    fn unwritten(&self, pages: &Pages) -> io::Result<Vec<Range<u64>>> {
-        let mut unwritten = Vec::new();
+    fn scan(&self, pages: &Pages, search: Search) -> io::Result<Vec<Range<u64>>> {
+        let mut found = Vec::new();
         for span in &self.spans {
-            pages.scan(span.clone(), Search::UNWRITTEN)?.into_iter().for_each(|range| push(&mut unwritten, range));
+            pages.scan(span.clone(), search)?.into_iter().for_each(|range| push(&mut found, range));
         }
-        Ok(unwritten)
-    }
-
-    fn protect(&self, pages: &Pages) -> io::Result<Vec<Range<u64>>> {
-        let mut protected = Vec::new();
-        for span in &self.spans {
-            pages.scan(span.clone(), Search::PROTECT)?.into_iter().for_each(|range| push(&mut protected, range));
-        }
-        Ok(protected)
+        Ok(found)
     }
 
     /// Turns to a template that was just made of the process, which may run.
@@ -144,7 +135,8 @@ impl Watch {
             return Err(io::ErrorKind::NotFound.into());
         }
         let source = Source::of(template)?;
-        let unwritten = self.unwritten(&pages)?;
+        // Written since the last template or not: the rest was this one's too.
+        let unwritten = self.scan(&pages, Search::UNWRITTEN)?;
         let next = match &self.since {
             Some(since) => Generation::below(since, without(&unwritten, &self.doubtful)),
             None => Generation::default(),
@@ -152,7 +144,7 @@ impl Watch {
         self.since = Some(source.begin_generation(next));
         self.watch_what_pays(memory);
         // They are protected before they are compared.
-        let unsure = union(&self.protect(&pages)?, &within(&unwritten, &self.doubtful));
+        let unsure = union(&self.scan(&pages, Search::PROTECT)?, &within(&unwritten, &self.doubtful));
         self.doubtful = compare(source.pages(), &pages, &unsure)?.written;
         Ok(())
     }
@@ -218,11 +210,12 @@ impl Watches {
         }
     }
 
-    /// What is known of the pages of process `pid`, which is stopped and is to have those of `source`.
+    /// What is known of the pages of process `pid`, which is stopped, is to have those of `source` and has its mappings.
     pub(super) fn known(&mut self, pid: pid_t, pages: &Pages, source: &Source) -> io::Result<Option<Known>> {
         let Some(watch) = self.0.iter_mut().find(|watch| watch.pid == pid) else { return Ok(None) };
         let Some(since) = watch.since.as_ref().filter(|_| watch.is_of(pages)) else { return Ok(None) };
-        let unwritten = watch.unwritten(pages)?;
+        // The mappings are there, so that what is not found is a page that was not written.
+        let unwritten = without(&watch.spans, &watch.scan(pages, Search::MAYBE_WRITTEN)?);
         let known = without(&unwritten, &watch.doubtful);
         watch.doubtful = within(&watch.doubtful, &unwritten);
         let alike = Generation::alike(since, &source.generation(), known);
@@ -233,7 +226,7 @@ impl Watches {
     pub(super) fn begin(&mut self, pid: pid_t, pages: &Pages, source: &Source) -> io::Result<()> {
         let Some(watch) = self.0.iter_mut().find(|watch| watch.pid == pid) else { return Ok(()) };
         if watch.is_of(pages) {
-            watch.protect(pages)?;
+            watch.scan(pages, Search::PROTECT)?;
             watch.since = Some(source.generation());
         }
         Ok(())
