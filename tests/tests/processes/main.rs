@@ -15,6 +15,7 @@ mod sockets;
 mod terminals;
 mod trees;
 mod unlinked;
+mod watched;
 
 use deltabox_tests::Host;
 use serde_json::Value;

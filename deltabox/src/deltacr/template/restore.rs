@@ -21,7 +21,6 @@ use super::mapping::{Advice, Mapping, read_maps, read_smaps};
 use super::memory::{Counts, Memory, without};
 use super::pages;
 use super::plan::{Step, again, broken, covering, plan};
-use super::ranges;
 use super::source::{PAGE_BYTES, Pages, Source};
 use super::threads::Threads;
 use super::wares::Wares;
@@ -375,21 +374,18 @@ impl<'a> Room<'a> {
                 if parted.is_empty() {
                     return if self.is_careful { Ok(()) } else { self.say_again(hand) };
                 }
-                let watched = if is_mended { Vec::new() } else { self.watched(hand, &parted)? };
+                let kept = if is_mended { Vec::new() } else { self.joinable(hand, &parted)? };
                 is_mended = true;
-                let mut gaps = Vec::new();
                 for one in parted {
-                    gaps.extend(ranges::without(&[one.range()], &watched));
-                    steps.extend(again(pid, one, &watched, &|mapping| self.has_file_for(mapping))?);
+                    steps.extend(again(pid, one, &kept, &|mapping| self.has_file_for(mapping))?);
                 }
-                self.make(hand, source, &steps, report)?;
-                if !watched.is_empty() {
-                    let failed = process("watch the pages of", pid);
-                    hand.stopped.kept.watches.extend(pid, &gaps).map_err(failed)?;
-                }
-                continue;
             }
             self.make(hand, source, &steps, report)?;
+            let new = steps.iter().filter_map(|(range, step)| match step {
+                Step::Map(mapping) => Some((range, &**mapping)),
+                _ => None,
+            });
+            hand.stopped.kept.watches.extend(pid, new);
         }
         let present = self.present()?;
         if let Some((range, _)) =
@@ -405,11 +401,11 @@ impl<'a> Room<'a> {
         }
     }
 
-    /// What of mappings that are in pieces is watched. The kernel joins nothing to that but what is watched too.
-    fn watched(&self, hand: &Hand<'_>, parted: &[&Mapping]) -> Result<Vec<Range<u64>>, TemplateError> {
+    /// What of mappings that are in pieces can stay.
+    fn joinable(&self, hand: &Hand<'_>, parted: &[&Mapping]) -> Result<Vec<Range<u64>>, TemplateError> {
         let failed = process("look at the pages of", self.pid);
         let pages = Pages::of(self.pid).map_err(failed)?;
-        let ranges = parted.iter().map(|one| hand.stopped.kept.watches.watched(self.pid, &pages, one.range()));
+        let ranges = parted.iter().map(|one| hand.stopped.kept.watches.joinable(self.pid, &pages, one.range()));
         Ok(ranges.collect::<io::Result<Vec<_>>>().map_err(failed)?.concat())
     }
 

@@ -91,6 +91,7 @@ pub(in crate::deltacr) struct Watch {
     sign: Range<u64>,
     /// What is watched, as far as it is still mapped.
     spans: Vec<Range<u64>>,
+    origins: Origins,
     /// The last template of which is known what is the same.
     since: Option<Arc<Generation>>,
     /// Protected, and yet maybe not what the template has.
@@ -112,7 +113,7 @@ impl Watch {
         let start = area.start + AREA_SLOTS as u64;
         let sign = start..start + PAGE_BYTES;
         uffd_register_wp(uffd.as_fd(), start..area.end)?;
-        Ok(Self { pid, uffd, sign, spans: Vec::new(), since: None, doubtful: Vec::new() })
+        Ok(Self { pid, uffd, sign, spans: Vec::new(), origins: Origins::default(), since: None, doubtful: Vec::new() })
     }
 
     /// Whether `pages` are of the memory that is watched: exec makes another, whose area is another too.
@@ -142,7 +143,7 @@ impl Watch {
             None => Generation::default(),
         };
         self.since = Some(source.begin_generation(next));
-        self.watch_what_pays(memory);
+        self.watch_what_pays(memory, &pages)?;
         // They are protected before they are compared.
         let unsure = union(&self.scan(&pages, Search::PROTECT)?, &within(&unwritten, &self.doubtful));
         self.doubtful = compare(source.pages(), &pages, &unsure)?.written;
@@ -150,23 +151,58 @@ impl Watch {
     }
 
     /// Watches the mappings that were big at the checkpoint, and those that are watched already.
-    fn watch_what_pays(&mut self, memory: &Memory) {
+    fn watch_what_pays(&mut self, memory: &Memory, pages: &Pages) -> io::Result<()> {
         let watched_bytes = len_of(&self.spans) as u64;
         let least = LEAST_MAPPED_BYTES.max(watched_bytes / LEAST_PART);
-        const NEVER: [Advice; 3] = [Advice::Special, Advice::HugeTlb, Advice::Droppable];
-        let can_be = |one: &Mapping| {
-            !one.shared && !one.has_file() && !one.is_kernels() && NEVER.iter().all(|advice| !one.has(*advice))
-        };
         let mut spans = Vec::new();
-        for one in memory.mappings.iter().filter(|one| can_be(one)) {
-            let is_watched = || !within(&[one.range()], &self.spans).is_empty();
-            let pays = one.anonymous_bytes >= least || is_watched();
+        for one in memory.mappings.iter().filter(|one| can_be_watched(one)) {
+            let is_known = !within(&[one.range()], &self.spans).is_empty();
+            if !is_known && one.anonymous_bytes < least {
+                continue;
+            }
+            let watched = if is_known { pages.scan(one.range(), Search::WATCHED)? } else { Vec::new() };
             // The process may have put something else there since.
-            if pays && uffd_register_wp(self.uffd.as_fd(), one.range()).is_ok() {
+            if uffd_register_wp(self.uffd.as_fd(), one.range()).is_ok() {
+                self.origins.begin(without(&[one.range()], &watched));
                 push(&mut spans, one.range());
             }
         }
         self.spans = spans;
+        Ok(())
+    }
+}
+
+fn can_be_watched(one: &Mapping) -> bool {
+    const NEVER: [Advice; 3] = [Advice::Special, Advice::HugeTlb, Advice::Droppable];
+    !one.shared && !one.has_file() && !one.is_kernels() && NEVER.iter().all(|advice| !one.has(*advice))
+}
+
+/// What is watched, by the mapping that it was when that began. The kernel joins parts of one that was cut again, if what is
+/// put between them has no pages yet and is watched; two that each had pages it never joins.
+#[derive(Debug, Default)]
+struct Origins(Vec<Vec<Range<u64>>>);
+
+impl Origins {
+    fn begin(&mut self, ranges: Vec<Range<u64>>) {
+        self.0.iter_mut().for_each(|one| *one = without(one, &ranges));
+        self.0.push(ranges);
+        self.0.retain(|one| !one.is_empty());
+    }
+
+    /// Takes in a range without pages: it becomes part of a neighbour.
+    fn extend(&mut self, range: Range<u64>) {
+        self.begin(vec![range.clone()]);
+        let touches =
+            |one: &&mut Vec<Range<u64>>| one.iter().any(|other| other.end == range.start || range.end == other.start);
+        if let Some(neighbour) = self.0.iter_mut().find(touches) {
+            *neighbour = union(neighbour, std::slice::from_ref(&range));
+            self.0.pop();
+        }
+    }
+
+    /// The most of `ranges` that is of one origin.
+    fn most(&self, ranges: &[Range<u64>]) -> Vec<Range<u64>> {
+        self.0.iter().map(|one| within(one, ranges)).max_by_key(|one| len_of(one)).unwrap_or_default()
     }
 }
 
@@ -232,22 +268,30 @@ impl Watches {
         Ok(())
     }
 
-    /// What of `range` is watched.
-    pub(super) fn watched(&self, pid: pid_t, pages: &Pages, range: Range<u64>) -> io::Result<Vec<Range<u64>>> {
-        match self.has(pid, pages) {
-            true => pages.scan(range, Search::WATCHED),
-            false => Ok(Vec::new()),
+    /// What of `range`, which was one mapping and is in pieces, can stay: the kernel joins it again once new mappings in
+    /// between are watched. Nothing, if it is not watched.
+    pub(super) fn joinable(&self, pid: pid_t, pages: &Pages, range: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        match self.0.iter().find(|watch| watch.pid == pid && watch.is_of(pages)) {
+            Some(watch) => Ok(watch.origins.most(&pages.scan(range, Search::WATCHED)?)),
+            None => Ok(Vec::new()),
         }
     }
 
-    /// Watches `ranges` too, in which there are no pages yet: so the kernel joins them to watched neighbours.
-    pub(super) fn extend(&self, pid: pid_t, ranges: &[Range<u64>]) -> io::Result<()> {
-        let Some(watch) = self.0.iter().find(|watch| watch.pid == pid) else { return Ok(()) };
-        ranges.iter().try_for_each(|range| uffd_register_wp(watch.uffd.as_fd(), range.clone()))
+    /// Watches mappings that were just made where others were watched, before there are pages in them.
+    pub(super) fn extend<'a>(&mut self, pid: pid_t, new: impl Iterator<Item = (&'a Range<u64>, &'a Mapping)>) {
+        let Some(watch) = self.0.iter_mut().find(|watch| watch.pid == pid) else { return };
+        for (range, _) in new.filter(|(_, mapping)| can_be_watched(mapping)) {
+            let was_watched = !within(std::slice::from_ref(range), &watch.spans).is_empty();
+            // Who is another by now is not watched: that fails.
+            if was_watched && uffd_register_wp(watch.uffd.as_fd(), range.clone()).is_ok() {
+                watch.origins.extend(range.clone());
+            }
+        }
     }
 }
 
 #[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "sets of one range")]
 mod tests {
     use super::*;
 
@@ -278,6 +322,22 @@ mod tests {
         let [next, _template] = generation(&right, &[5..7]);
         assert!(next.parent.as_ref().is_some_and(|(above, _)| Arc::ptr_eq(above, &first)));
         assert_eq!(alike(&next, &left), Some(vec![5..6]));
+    }
+
+    #[test]
+    fn parts_of_one_mapping_are_known_to_be_that() {
+        let mut origins = Origins::default();
+        origins.begin(vec![0..10]);
+        // What was put into a hole, and was watched later.
+        origins.begin(vec![3..5]);
+        assert_eq!(origins.most(&[0..10]), [0..3, 5..10]);
+        origins.extend(3..5);
+        assert_eq!(origins.most(&[0..10]), [0..10]);
+        assert_eq!(origins.0.len(), 1);
+        origins.extend(20..30);
+        assert_eq!(origins.most(&[8..40]), [20..30]);
+        origins.begin(vec![0..30]);
+        assert_eq!(origins.0, [vec![0..30]]);
     }
 
     #[test]
