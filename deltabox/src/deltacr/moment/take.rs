@@ -218,9 +218,12 @@ impl Draft {
         tracer.watches().keep(|pid| self.processes.iter().any(|sketch| sketch.identity.host == pid));
         let mut rest = self.processes.into_iter();
         for Sketch { identity, template, outline, threads, person, is_stopped } in rest.by_ref() {
-            match outline.complete(&template) {
+            let memory = outline.complete(&template).and_then(|memory| {
+                tracer.watches().turn_to(identity.host, &template, &memory);
+                memory.look_ahead(&template).map(|()| memory)
+            });
+            match memory {
                 Ok(memory) => {
-                    tracer.watches().turn_to(identity.host, &template, &memory);
                     processes.push(Past { identity, template, memory, threads, person, is_stopped });
                 }
                 Err(error) => {

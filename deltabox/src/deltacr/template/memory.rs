@@ -66,9 +66,6 @@ impl Outline {
             None => read_smaps(pid).map_err(process("read the mappings of", pid))?,
         };
         without(&mut mappings, &self.area);
-        // Ahead of the first return: that would wait for it.
-        let looked = Source::of(template).and_then(|source| look_ahead(&source, &mappings));
-        looked.map_err(process("look at the pages of", pid))?;
         let sections = Sections::read(pid).map_err(process("read the state of", pid))?;
         Ok(Memory { mappings, area: self.area, brk: self.brk, sections })
     }
@@ -139,6 +136,15 @@ impl Sections {
 }
 
 impl Memory {
+    /// Looks ahead at the pages of its template: the first return would wait for it.
+    ///
+    /// # Errors
+    /// The template is gone.
+    pub fn look_ahead(&self, template: &Template) -> Result<(), TemplateError> {
+        let looked = Source::of(template).and_then(|source| look_ahead(&source, &self.mappings));
+        looked.map(drop).map_err(process("look at the pages of", template.pid()))
+    }
+
     /// Whether a process still runs the program that it ran then: exec gives it other addresses.
     pub(in crate::deltacr) fn is_of(&self, pid: pid_t) -> io::Result<bool> {
         Ok(Sections::read(pid)? == self.sections)

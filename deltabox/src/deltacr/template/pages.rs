@@ -100,9 +100,9 @@ pub(super) fn find_few(
     Ok(Some(written))
 }
 
-/// Looks ahead which pages the checkpoint has of its own: [`find`] need not.
-pub(super) fn look_ahead(source: &Source, mappings: &[Mapping]) -> io::Result<()> {
-    own(source, &spans(mappings)).map(drop)
+/// Looks which pages the checkpoint has of its own; [`find`] need not then.
+pub(super) fn look_ahead(source: &Source, mappings: &[Mapping]) -> io::Result<Arc<[Range<u64>]>> {
+    own(source, &spans(mappings))
 }
 
 fn own(source: &Source, spans: &[Range<u64>]) -> io::Result<Arc<[Range<u64>]>> {

@@ -190,7 +190,8 @@ fn put_memory(
     hand.close()?;
     // A locked mapping, and one with pages made ahead, are copied to all the same.
     pages::copy(source.pages(), &present, &differences.copied).map_err(process("copy the pages of", pid))?;
-    stopped.kept.watches.begin(pid, &present, source).map_err(process("watch the pages of", pid))?;
+    let watched = stopped.kept.watches.begin(pid, &present, (source, &wanted));
+    watched.map_err(process("watch the pages of", pid))?;
     report.n_equal_pages = differences.n_equal;
     report.n_copied_pages = pages::n_pages(&differences.copied);
     report.n_dropped_pages = pages::n_pages(&differences.dropped);

@@ -11,7 +11,7 @@ use libc::pid_t;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use nix::unistd::Pid;
 
-use super::ranges::{len_of, push};
+use super::ranges::{len_of, push, union, without};
 use super::remove::Template;
 use super::watch::Generation;
 use crate::sys::memory::{PageRegion, Search, pagemap_scan};
@@ -34,6 +34,7 @@ pub struct Source {
 pub(super) struct Learnt {
     /// Which pages are its own, once somebody has looked.
     own: Mutex<Option<Looked>>,
+    inherited: OnceLock<Vec<Range<u64>>>,
     generation: OnceLock<Arc<Generation>>,
 }
 
@@ -60,17 +61,33 @@ impl Source {
     }
 
     /// Ranges of pages within `whole` that are its own, as [`Pages::scan_own`] has them; only the first time costs
-    /// anything (0.1 us for each page).
+    /// anything (0.1 us for each page that is not inherited).
     pub(super) fn own(&self, whole: Range<u64>) -> io::Result<Arc<[Range<u64>]>> {
         let mut looked = self.learnt.own.lock().unwrap_or_else(PoisonError::into_inner);
         match &*looked {
             Some((at, own)) if *at == whole => Ok(own.clone()),
             _ => {
-                let own: Arc<[_]> = self.pages.scan_own(whole.clone())?.into();
+                let own: Arc<[_]> = self.look(&whole)?.into();
                 *looked = Some((whole, own.clone()));
                 Ok(own)
             }
         }
+    }
+
+    fn look(&self, whole: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        let inherited = self.learnt.inherited.get().map_or(&[][..], |own| own);
+        let mut own = inherited.to_vec();
+        for rest in without(std::slice::from_ref(whole), inherited) {
+            own.extend(self.pages.scan_own(rest)?);
+        }
+        Ok(union(&own, &[]))
+    }
+
+    /// What is known to be its own, before anybody looks: pages that were another's, and that its process had not written
+    /// since when this one was made of it.
+    pub(super) fn inherit(&self, own: Vec<Range<u64>>) {
+        // Whoever came first knew as much.
+        let _ = self.learnt.inherited.set(own);
     }
 
     /// What its pages have in common with those of other templates.

@@ -30,6 +30,7 @@ use libc::pid_t;
 use super::compare::compare;
 use super::mapping::{Advice, Mapping};
 use super::memory::Memory;
+use super::pages::look_ahead;
 use super::ranges::{len_of, push, union, within, without};
 use super::remove::Template;
 use super::source::{PAGE_BYTES, Pages, Source};
@@ -94,6 +95,8 @@ pub(in crate::deltacr) struct Watch {
     origins: Origins,
     /// The last template of which is known what is the same.
     since: Option<Arc<Generation>>,
+    /// Pages that are that template's own.
+    own: Arc<[Range<u64>]>,
     /// Protected, and yet maybe not what the template has.
     doubtful: Vec<Range<u64>>,
 }
@@ -113,7 +116,16 @@ impl Watch {
         let start = area.start + AREA_SLOTS as u64;
         let sign = start..start + PAGE_BYTES;
         uffd_register_wp(uffd.as_fd(), start..area.end)?;
-        Ok(Self { pid, uffd, sign, spans: Vec::new(), origins: Origins::default(), since: None, doubtful: Vec::new() })
+        Ok(Self {
+            pid,
+            uffd,
+            sign,
+            spans: Vec::new(),
+            origins: Origins::default(),
+            since: None,
+            own: Arc::default(),
+            doubtful: Vec::new(),
+        })
     }
 
     /// Whether `pages` are of the memory that is watched: exec makes another, whose area is another too.
@@ -138,11 +150,13 @@ impl Watch {
         let source = Source::of(template)?;
         // Written since the last template or not: the rest was this one's too.
         let unwritten = self.scan(&pages, Search::UNWRITTEN)?;
-        let next = match &self.since {
-            Some(since) => Generation::below(since, without(&unwritten, &self.doubtful)),
-            None => Generation::default(),
-        };
-        self.since = Some(source.begin_generation(next));
+        let alike = without(&unwritten, &self.doubtful);
+        if let Some(since) = &self.since {
+            source.inherit(within(&alike, &self.own));
+            source.begin_generation(Generation::below(since, alike));
+        }
+        self.since = Some(source.generation());
+        self.own = look_ahead(&source, &memory.mappings)?;
         self.watch_what_pays(memory, &pages)?;
         // They are protected before they are compared.
         let unsure = union(&self.scan(&pages, Search::PROTECT)?, &within(&unwritten, &self.doubtful));
@@ -259,11 +273,17 @@ impl Watches {
     }
 
     /// After process `pid` was given the pages of `source`, still stopped: from now on is watched what becomes of that.
-    pub(super) fn begin(&mut self, pid: pid_t, pages: &Pages, source: &Source) -> io::Result<()> {
+    pub(super) fn begin(
+        &mut self,
+        pid: pid_t,
+        pages: &Pages,
+        (source, mappings): (&Source, &[Mapping]),
+    ) -> io::Result<()> {
         let Some(watch) = self.0.iter_mut().find(|watch| watch.pid == pid) else { return Ok(()) };
         if watch.is_of(pages) {
             watch.scan(pages, Search::PROTECT)?;
             watch.since = Some(source.generation());
+            watch.own = look_ahead(source, mappings)?;
         }
         Ok(())
     }
