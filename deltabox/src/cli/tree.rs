@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::engine::{OutlookReport, TreeNode, TreeReport};
+use crate::deltacr::moment::Outlook;
+use crate::engine::{TreeNode, TreeReport};
 use crate::sandbox::SandboxId;
 
 use super::{Context, Outcome, print};
@@ -86,7 +87,7 @@ pub(super) fn back(node: &TreeNode) -> String {
         None if node.checkpoint.fs_only => "files only".to_owned(),
         None => "files; processes lost".to_owned(),
         Some(outlook) if outlook.refused.is_some() => "refused".to_owned(),
-        Some(OutlookReport { n_in_place, n_forked, n_rebuilt, .. }) => {
+        Some(Outlook { n_in_place, n_forked, n_rebuilt, .. }) => {
             let ways = [(n_in_place, "in place"), (n_forked, "fork"), (n_rebuilt, "rebuild")];
             let some: Vec<_> = ways.iter().filter(|(n, _)| **n > 0).map(|(n, way)| format!("{n} {way}")).collect();
             if some.is_empty() { "no processes".to_owned() } else { some.join(", ") }

@@ -212,29 +212,6 @@ pub struct BoundReport {
     pub most: PoolBounds,
 }
 
-/// How the processes of a checkpoint would come back, as far as can be told while they run.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct OutlookReport {
-    /// Processes that live and would be put back in place.
-    pub n_in_place: usize,
-    /// Processes that would be made by their templates.
-    pub n_forked: usize,
-    /// Processes that would be made by others.
-    pub n_rebuilt: usize,
-    /// Processes that live now and would end.
-    pub n_ending: usize,
-    /// Why it would be refused.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub refused: Option<String>,
-}
-
-impl From<Outlook> for OutlookReport {
-    fn from(outlook: Outlook) -> Self {
-        let Outlook { n_in_place, n_forked, n_rebuilt, n_ending, refused } = outlook;
-        Self { n_in_place, n_forked, n_rebuilt, n_ending, refused }
-    }
-}
-
 /// A checkpoint in its tree.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct TreeNode {
@@ -255,7 +232,7 @@ pub struct TreeNode {
     pub shared_templates: Weight,
     /// How a rollback of its processes would go now.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub outlook: Option<OutlookReport>,
+    pub outlook: Option<Outlook>,
     /// Which layer of its stack is not whole, and why: no rollback to it then.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub damage: Option<String>,

@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
-use super::api::{BoundReport, DiskReport, GcReport, OutlookReport, PoolReport, Reply, TreeNode, TreeReport};
+use super::api::{BoundReport, DiskReport, GcReport, PoolReport, Reply, TreeNode, TreeReport};
 use super::driver::Message;
 use super::tree::{Checkpoint, CheckpointId};
 use super::{Engine, Error, lock};
@@ -140,16 +140,15 @@ impl Engine {
     /// The checkpoints of a sandbox. Looks at every layer, walks those that were not walked before, measures templates.
     pub fn tree(&self, id: &SandboxId, Outlooks(mut outlooks): Outlooks) -> Result<TreeReport, Error> {
         let shown = self.shown(id)?;
-        let (tree, head, live) = {
+        let (tree, head, live, most) = {
             let shown = lock(&shown);
-            (Arc::clone(&shown.tree), shown.report.head.clone(), shown.live)
+            (Arc::clone(&shown.tree), shown.report.head.clone(), shown.live, shown.report.spec.pool)
         };
         let layers = &self.0.layers;
         let mut others = self.needed(Some(id));
         others.add(layers, [live]);
         let mut looks = BTreeMap::new();
         let stacks: Vec<_> = tree.iter().map(|one| Stack::look(layers, one.top, &mut looks)).collect();
-        let most = lock(&shown).report.spec.pool;
         let pool = &self.0.pool;
         let (held, mut weights) = pool.weigh(id);
         let mut n_users = BTreeMap::new();
@@ -165,7 +164,7 @@ impl Engine {
             }
             let (checkpoint, n_layers) = (one.report(id), stack.layers.len());
             let (own_templates, shared_templates) = weights.remove(&one.id.0).unwrap_or_default();
-            let outlook = outlooks.remove(&one.id).map(OutlookReport::from);
+            let outlook = outlooks.remove(&one.id);
             TreeNode {
                 checkpoint,
                 n_layers,

@@ -26,9 +26,9 @@ mod worker;
 
 pub use api::{
     Attachment, BackReport, BaseReport, BoundReport, CheckpointReport, CheckpointRequest, CreateRequest, DiffReport,
-    DiffRequest, DiskReport, ExecReport, ExecRequest, Exit, GcReport, LogReport, OnDisconnect, OutlookReport,
-    PhaseTime, PoolReport, ProcessReport, Reply, RollbackReport, RollbackRequest, SandboxReport, SandboxState,
-    StdinEnd, StdinHold, Stdio, Streams, TreeNode, TreeReport, WindowSize,
+    DiffRequest, DiskReport, ExecReport, ExecRequest, Exit, GcReport, LogReport, OnDisconnect, PhaseTime, PoolReport,
+    ProcessReport, Reply, RollbackReport, RollbackRequest, SandboxReport, SandboxState, StdinEnd, StdinHold, Stdio,
+    Streams, TreeNode, TreeReport, WindowSize,
 };
 pub use error::{Error, Kind};
 

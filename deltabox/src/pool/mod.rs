@@ -16,6 +16,8 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use nix::sys::sysinfo::sysinfo;
+
 use crate::deltacr::template::Gauge;
 use crate::sandbox::{PoolBounds as Bounds, SandboxId};
 pub use judge::{Candidate, Reached, Weight, Whose};
@@ -91,10 +93,7 @@ impl Pool {
 
     /// What a host may hold if nobody says: half of its memory.
     pub fn default_bounds() -> Bounds {
-        let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-        let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
-        let kilobytes = line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
-        Bounds { n_templates: None, bytes: kilobytes.map(|kilobytes| kilobytes * 1024 / 2) }
+        Bounds { n_templates: None, bytes: sysinfo().ok().map(|machine| machine.ram_total() / 2) }
     }
 
     /// A sandbox's bounds from now on.

@@ -1,11 +1,9 @@
 //! The birth of a template backstage: with numbers that no program has.
 
-use std::sync::Arc;
-
 use libc::pid_t;
 
 use super::error::{MomentError, process};
-use super::take::{Ground, remove_all};
+use super::take::{END_PATIENCE, Ground};
 use crate::deltacr::stop::Stopped;
 use crate::deltacr::tasks::pid_inside;
 use crate::deltacr::template::{Numbers, Outline, Request, Template, TemplateError, TemplateRefusal};
@@ -42,7 +40,7 @@ pub(super) fn make_template(
     };
     if number < PROGRAMS_END {
         // Somebody else has been made meanwhile.
-        remove_all([Arc::new(template)].into_iter())?;
+        template.remove(END_PATIENCE)?;
         return Err(TemplateError::from(TemplateRefusal::NumberTaken { number }).into());
     }
     Ok((template, outline, number))

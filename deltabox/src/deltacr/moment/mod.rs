@@ -76,7 +76,7 @@ struct Zombie {
 impl Past {
     /// Bytes of memory that were its own, not of files.
     fn own_bytes(&self) -> u64 {
-        self.memory.mappings.iter().map(|mapping| mapping.anonymous_bytes).sum()
+        self.memory.own_bytes()
     }
 }
 

@@ -3,6 +3,9 @@
 use std::io;
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
 use super::family::look_at_zombies;
 use super::plan::{How, Live, plan};
 use super::{Identity, Moment};
@@ -10,7 +13,7 @@ use crate::deltacr::tasks::Lists;
 
 /// How processes would come back, as far as can be told from outside: what they have given up since (rights, limits) is
 /// only known when they stand still.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Outlook {
     /// So many live, and would be put back in place.
     pub n_in_place: usize,
@@ -21,6 +24,7 @@ pub struct Outlook {
     /// So many live that were not there then, or have to be made: they would end.
     pub n_ending: usize,
     /// Why it would be refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,
 }
 

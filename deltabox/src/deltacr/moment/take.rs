@@ -32,7 +32,7 @@ use crate::sandbox::reserve::Opened;
 use crate::sandbox::root::Root;
 
 /// How long a template that is of no use may take to end (chosen: it needs microseconds and a CPU).
-const END_PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const END_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Where a moment is taken.
 #[derive(Clone, Copy, Debug)]

@@ -136,6 +136,11 @@ impl Sections {
 }
 
 impl Memory {
+    /// Bytes of memory that were its own, not of files.
+    pub fn own_bytes(&self) -> u64 {
+        self.mappings.iter().map(|mapping| mapping.anonymous_bytes).sum()
+    }
+
     /// Looks ahead at the pages of its template: the first return would wait for it.
     ///
     /// # Errors

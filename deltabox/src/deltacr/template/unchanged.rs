@@ -34,8 +34,7 @@ pub(in crate::deltacr) fn outline_if_unchanged(
     template: &Template,
     memory: &Memory,
 ) -> Result<Option<Outline>, TemplateError> {
-    let own_bytes: u64 = memory.mappings.iter().map(|mapping| mapping.anonymous_bytes).sum();
-    if own_bytes > MOST_BYTES || !template.lives()? {
+    if memory.own_bytes() > MOST_BYTES || !template.lives()? {
         return Ok(None);
     }
     let failed = process("compare with its template", pid);
