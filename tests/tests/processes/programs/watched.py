@@ -48,7 +48,7 @@ def left_protected():
 def away_and_back():
     at, length = stretch(30); other = mapped(0, length, flags=PRIVATE | ANONYMOUS)
     moved = libc.mremap(word(base + at), word(length), word(length), MAYMOVE | 2, word(other))
-    if moved != other: return  # It is in pieces.
+    if moved != other: return mapped(base + at, length)  # It is in pieces.
     (ctypes.c_char * length).from_address(other)[5] = dice.randrange(256)
     moved = libc.mremap(word(other), word(length), word(length), MAYMOVE | 2, word(base + at)); assert moved == base + at
 def one_over_another():
@@ -56,7 +56,9 @@ def one_over_another():
     (at, length), (to, _) = stretch(20), stretch(20)
     if abs(at - to) >= length:
         moved = libc.mremap(word(base + at), word(length), word(length), MAYMOVE | 2, word(base + to))
-        if moved == base + to: mapped(base + at, length)
+        # What is in pieces stays where it is; the place is cleared all the same.
+        if moved != base + to: mapped(base + to, length)
+        mapped(base + at, length)
 def huge():
     at = -(-(base + (4 << 20)) // (2 << 20)) * (2 << 20) - base
     worked(libc.madvise(word(base + at), word(2 << 20), HUGEPAGE)); worked(libc.madvise(word(base + at), word(2 << 20), DONTNEED))
