@@ -6,12 +6,14 @@
 //! | a page of its own | another, none, or the file's | copied |
 //! | none (zeros, or the file's) | a page of its own | dropped |
 //! | none | none | nothing |
+//! | a guard page (MADV_GUARD_INSTALL) | none | made one |
+//! | none | a guard page | none any more, then as above |
 
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::compare::{compare, look, parts, push};
+use super::compare::{compare, guards, look, parts, push};
 use super::mapping::{Advice, Mapping};
 use super::source::{PAGE_BYTES, Pages, Source, len_of};
 
@@ -26,6 +28,10 @@ const TAKEN_ALONG_BYTES: u64 = 16 * PAGE_BYTES;
 pub(super) struct Differences {
     pub(super) copied: Vec<Range<u64>>,
     pub(super) dropped: Vec<Range<u64>>,
+    /// Are to be guard pages.
+    pub(super) guarded: Vec<Range<u64>>,
+    /// Are guard pages, and were none.
+    pub(super) bared: Vec<Range<u64>>,
     /// Pages that both have and are one.
     pub(super) n_equal: u64,
 }
@@ -50,7 +56,9 @@ pub(super) fn find(source: &Source, present: &Arc<Pages>, mappings: &[Mapping]) 
     for window in windows(&spans, &had) {
         differences.dropped.extend(without(&present.scan_own(window)?, &had));
     }
-    (differences.copied, differences.n_equal) = (found.written, found.n_equal);
+    differences.bared = found.bared;
+    differences.bared.extend(guards(present, &differences.dropped)?);
+    (differences.copied, differences.guarded, differences.n_equal) = (found.written, found.guarded, found.n_equal);
     Ok(differences)
 }
 
@@ -65,8 +73,9 @@ pub(super) fn find_few(
     let had = within(&own(source, &spans)?, &spans);
     let mut written = Vec::new();
     for part in parts(&had) {
-        written.extend(look(source.pages(), present, &part)?.written);
-        if len_of(&written) > most {
+        let found = look(source.pages(), present, &part)?;
+        written.extend(found.written);
+        if len_of(&written) > most || !found.guarded.is_empty() || !found.bared.is_empty() {
             return Ok(None);
         }
     }

@@ -91,6 +91,11 @@ impl Entry {
         const FRAME: u64 = (1 << 55) - 1;
         (self.0 | other.0) & EXCLUSIVE == 0 && self.0 & WHERE == other.0 & WHERE && self.0 & FRAME != 0
     }
+
+    /// Whether whoever touches it gets SIGSEGV (MADV_GUARD_INSTALL; told since Linux 6.15).
+    pub(super) fn is_guard(self) -> bool {
+        self.0 & 1 << 58 != 0
+    }
 }
 
 impl Pages {
