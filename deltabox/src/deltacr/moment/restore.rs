@@ -208,6 +208,7 @@ impl<'a> Return<'a> {
                 end::forget_continued(stopped, *parent, child.inside)?;
             }
         }
+        self.shared.seal().map_err(|source| MomentError::Shared { op: "seal", source })?;
         // Last: what happened so far may have made signals. Children first: they may make some for their parents.
         for ((identity, _), now) in self.plan.back.iter().zip(&self.now).rev() {
             if let (Some((past, _)), Some(now), Some(host)) =
