@@ -4,6 +4,7 @@ use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
+use nix::sys::statfs::{FsType, fstatfs};
 
 use super::read::{Raw, refuse, refuse_as};
 use super::{DescriptorError, DescriptorRefusal, FifoName, Gone, Held, What};
@@ -14,6 +15,9 @@ use crate::deltacr::position;
 use crate::deltacr::shared::{Found, is_on_overlay};
 use crate::sandbox::root::Root;
 use crate::sys::stat::Stat;
+
+/// Where message queues are (the kernel's MQUEUE_MAGIC, ipc/mqueue.c).
+const MQUEUE_MAGIC: FsType = FsType(0x1980_0202);
 
 /// Reads the file behind `raw[at]`. What has no name is added to `found`.
 pub(super) fn read(
@@ -31,6 +35,12 @@ pub(super) fn read(
         // Of a tree that was left: whatever its link says, no name leads there.
         if is_on_overlay(copy.as_fd()).map_err(failed("look at a descriptor"))? {
             return nameless(raw, at, held, found);
+        }
+        if look.kind() == libc::S_IFREG
+            && fstatfs(copy).map_err(|errno| failed("look at a descriptor")(errno.into()))?.filesystem_type()
+                == MQUEUE_MAGIC
+        {
+            return Err(refuse_as(one, "a POSIX message queue"));
         }
         // A name that is gone, or none.
         if link.ends_with(super::DELETED) || !link.starts_with(b"/") {
