@@ -4,6 +4,7 @@ use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::sys::statfs::{FsType, fstatfs};
 
 use super::read::{Raw, refuse, refuse_as};
@@ -47,6 +48,11 @@ pub(super) fn read(
             return Err(refuse(one));
         }
         let path = CString::new(link.clone()).map_err(|error| failed("name a file")(error.into()))?;
+        if path.to_bytes().starts_with(b"/proc/")
+            && root.open(&path, OFlag::O_PATH | OFlag::O_NOFOLLOW).err() == Some(Errno::ENOENT)
+        {
+            return Err(refuse_as(one, "a file of a process that has ended"));
+        }
         return Ok(What::Mount { path });
     }
     if link.is_empty() {

@@ -130,8 +130,14 @@ impl Held {
 }
 
 impl Held {
-    /// Whether a path is of one of these processes in `/proc`, where there is none as long as that has to be made.
+    /// Whether a path is of one of these processes in `/proc`, where there is none as long as that has to be made. What it
+    /// has open and mapped is not there again before this is.
     fn is_of_process(&self, path: &CStr) -> bool {
+        const LATER: [&[u8]; 3] = [b"fd", b"fdinfo", b"map_files"];
+        let mut parts = path.to_bytes().rsplit(|byte| *byte == b'/');
+        if parts.nth(1).is_some_and(|parent| LATER.contains(&parent)) {
+            return false;
+        }
         let number = path.to_bytes().strip_prefix(b"/proc/").and_then(|rest| rest.split(|byte| *byte == b'/').next());
         let number = number.and_then(|number| str::from_utf8(number).ok()?.parse::<pid_t>().ok());
         number.is_some_and(|number| self.seats.contains_key(&number))
