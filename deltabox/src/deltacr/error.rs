@@ -178,7 +178,7 @@ pub enum InjectRefusal {
         pid: pid_t,
     },
     /// The process may not map the engine's area.
-    #[error("process {pid} cannot map the engine's area: error {errno} (RLIMIT_AS, a memory limit?)")]
+    #[error("process {pid} cannot map the engine's area: error {errno} (RLIMIT_AS, RLIMIT_DATA, a memory limit?)")]
     AreaDenied {
         /// The process.
         pid: pid_t,

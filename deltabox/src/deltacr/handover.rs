@@ -27,6 +27,9 @@ use crate::sys::stat::stat;
 /// Descriptors per message: two calls each fit into one batch of 128.
 const N_PER_MESSAGE: usize = 60;
 
+/// Free numbers that it takes: both ends of the socket, and what arrives.
+const LEAST_ROOM: usize = 3;
+
 // Where things lie in the hand's scratch memory.
 const PAIR: u64 = 0;
 const HEADER: u64 = 64;
@@ -194,7 +197,7 @@ impl<'a> Session<'a> {
         let failed = |op| move |source| HandoverError::Process { op, pid, source };
         let limit = descriptor_limit(tid).map_err(failed("read the limits"))?;
         let free = free_numbers(numbers, limit, N_PER_MESSAGE + 2);
-        if free.len() < 3 {
+        if free.len() < LEAST_ROOM {
             return Err(HandoverError::Full { pid, limit });
         }
         let mut hand = stopped.hand(pid)?;
@@ -339,6 +342,16 @@ impl<'a> Session<'a> {
         let (directory, others): (Vec<_>, Vec<_>) =
             results.iter().zip(&batch.names).partition(|(_, name)| **name == FCHDIR);
         others.into_iter().chain(directory).try_for_each(|(result, name)| check(self.pid, name, *result))
+    }
+}
+
+/// Fails unless a process with descriptors `numbers`, sorted, can be handed others.
+pub(super) fn check_room(pid: pid_t, tid: pid_t, numbers: &[i32]) -> Result<(), HandoverError> {
+    let failed = |source| HandoverError::Process { op: "read the limits", pid, source };
+    let limit = descriptor_limit(tid).map_err(failed)?;
+    match free_numbers(numbers, limit, LEAST_ROOM).len() < LEAST_ROOM {
+        true => Err(HandoverError::Full { pid, limit }),
+        false => Ok(()),
     }
 }
 

@@ -29,7 +29,7 @@ fn region(pages: &Pages, first: u64, n: u64, categories: u64) -> PageRegion {
 fn scan(pages: &Pages, all: u64, flags: u64) -> io::Result<Vec<PageRegion>> {
     let pagemap = File::open("/proc/self/pagemap")?;
     let mut regions = [PageRegion::default(); N_PAGES];
-    let search = Search { all, flags, ..Search::default() };
+    let search = Search { all, told: all, flags, ..Search::default() };
     let (n, _) = pagemap_scan(pagemap.as_fd(), pages.range(), search, &mut regions)?;
     Ok(regions[..n].to_vec())
 }

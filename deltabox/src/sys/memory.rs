@@ -126,6 +126,8 @@ pub struct Search {
     pub all: u64,
     /// Categories of which it must be in one, if there are any.
     pub any: u64,
+    /// Categories that regions are to tell of their pages.
+    pub told: u64,
     /// What to do besides ([`scan_flag`]).
     pub flags: u64,
 }
@@ -136,6 +138,7 @@ impl Search {
         inverted: page_is::FILE | page_is::ZERO,
         all: page_is::FILE | page_is::ZERO,
         any: page_is::PRESENT | page_is::SWAPPED,
+        told: 0,
         flags: 0,
     };
     /// Pages that were protected and have not been written since. (Whether they are of a file is not asked: for that the
@@ -143,33 +146,43 @@ impl Search {
     pub const UNWRITTEN: Self = Self {
         inverted: page_is::WRITTEN,
         all: page_is::WPALLOWED | page_is::WRITTEN,
-        any: page_is::PRESENT | page_is::SWAPPED,
+        any: page_is::PRESENT,
+        told: 0,
         flags: 0,
     };
+    /// Pages that are in the swap, and guard pages.
+    pub const ABSENT: Self = Self { inverted: 0, all: page_is::SWAPPED, any: 0, told: 0, flags: 0 };
     /// Of all that is mapped what is not certainly so: what was written, and where there is no page. Where most was not
     /// written that costs a quarter of finding the opposite (3 ns for each page): the kernel puts out little.
-    pub const MAYBE_WRITTEN: Self =
-        Self { inverted: page_is::PRESENT, all: 0, any: page_is::WRITTEN | page_is::PRESENT, flags: 0 };
-    /// Pages that are not protected (any more); they are from now on.
+    /// Of what is in the swap, or a guard page, regions tell [`page_is::SWAPPED`].
+    pub const MAYBE_WRITTEN: Self = Self {
+        inverted: page_is::PRESENT,
+        all: 0,
+        any: page_is::WRITTEN | page_is::PRESENT,
+        told: page_is::SWAPPED,
+        flags: 0,
+    };
+    /// Pages in memory that are not protected (any more); they are from now on.
     pub const PROTECT: Self = Self {
         inverted: 0,
         all: page_is::WPALLOWED | page_is::WRITTEN,
-        any: page_is::PRESENT | page_is::SWAPPED,
+        any: page_is::PRESENT,
+        told: 0,
         flags: scan_flag::WP_MATCHING,
     };
     /// Addresses that are registered for asynchronous write protection, whether there are pages or not.
-    pub const WATCHED: Self = Self { inverted: 0, all: page_is::WPALLOWED, any: 0, flags: 0 };
+    pub const WATCHED: Self = Self { inverted: 0, all: page_is::WPALLOWED, any: 0, told: 0, flags: 0 };
 }
 
 /// Finds pages in `range` of the process behind `pagemap`. Returns how many of `regions` were filled, and how far was
-/// looked. What a region tells are those categories that all its pages had to be in.
+/// looked.
 pub fn pagemap_scan(
     pagemap: BorrowedFd<'_>,
     range: Range<u64>,
     search: Search,
     regions: &mut [PageRegion],
 ) -> io::Result<(usize, u64)> {
-    let Search { inverted, all, any, flags } = search;
+    let Search { inverted, all, any, told, flags } = search;
     let mut arg = ScanArg {
         size: size_of::<ScanArg>() as u64,
         flags,
@@ -182,7 +195,7 @@ pub fn pagemap_scan(
         category_inverted: inverted,
         category_mask: all,
         category_anyof_mask: any,
-        return_mask: all & !inverted,
+        return_mask: told,
     };
     let request = iowr::<ScanArg>(b'f', 16);
     // SAFETY: `arg` is a pm_scan_arg that tells its own size, and `regions` is as long as told.

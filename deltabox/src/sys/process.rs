@@ -213,6 +213,17 @@ pub fn descriptor_limit(pid: libc::pid_t) -> io::Result<u64> {
     Ok(limit.rlim_cur)
 }
 
+/// Sets the soft limit on what a process may lock in memory, the hard one at most. Returns what it was, bytes.
+pub fn set_lock_limit(pid: libc::pid_t, soft: u64) -> io::Result<u64> {
+    let mut limit = libc::rlimit64 { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel writes one rlimit64 and reads none.
+    check(unsafe { libc::prlimit64(pid, libc::RLIMIT_MEMLOCK, std::ptr::null(), &raw mut limit) }.into())?;
+    let new = libc::rlimit64 { rlim_cur: soft.min(limit.rlim_max), ..limit };
+    // SAFETY: the kernel reads one rlimit64 and writes none.
+    check(unsafe { libc::prlimit64(pid, libc::RLIMIT_MEMLOCK, &raw const new, std::ptr::null_mut()) }.into())?;
+    Ok(limit.rlim_cur)
+}
+
 /// Sends `signal` to the process behind `pidfd`.
 pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     // SAFETY: a null siginfo is allowed: the kernel fills in that of kill(2).

@@ -108,6 +108,33 @@ fn what_a_checkpoint_cannot_hold_is_refused_by_name() {
             "import ctypes; made = os.fdopen(ctypes.CDLL(None).inotify_init(), 'rb', buffering=0)",
             "an inotify instance (anon_inode:inotify)",
         ),
+        (
+            "made = os.fdopen(ctypes.CDLL(None).mq_open(b'/queue', 0o102, 0o600, None), 'rb', buffering=0)",
+            "a POSIX message queue (/queue)",
+        ),
+        (
+            "class Context:
+    def __init__(self): self.at = ctypes.c_ulong(); assert ctypes.CDLL(None).syscall(206, 4, ctypes.byref(self.at)) == 0
+    def __del__(self): ctypes.CDLL(None).syscall(207, self.at)
+made = Context()",
+            "an asynchronous I/O context (io_setup(2))",
+        ),
+        (
+            "class Timer:
+    def __init__(self): self.number = ctypes.c_int(); assert ctypes.CDLL(None).syscall(222, 0, None, ctypes.byref(self.number)) == 0
+    def __del__(self): ctypes.CDLL(None).syscall(226, self.number)
+made = Timer()",
+            "a timer of timer_create(2)",
+        ),
+        // No file has changed, so nothing has to be handed to it now: on the way back it would have to.
+        (
+            "import resource
+class Limit:
+    def __init__(self): self.was = resource.getrlimit(resource.RLIMIT_NOFILE); resource.setrlimit(resource.RLIMIT_NOFILE, (5, self.was[1]))
+    def __del__(self): resource.setrlimit(resource.RLIMIT_NOFILE, self.was)
+made = Limit()",
+            "has all descriptors open that its limit of 5 allows",
+        ),
     ] {
         worker.ask(make);
         let refused = refusal(&host);
@@ -195,5 +222,31 @@ def look():
         assert_eq!(worker.ask("look()"), expected, "after {change}");
         roll_back(&host, &id);
     }
+    assert!(worker.end().success());
+}
+
+#[test]
+fn files_in_proc_of_processes_that_have_ended_since_are_open_again() {
+    let Some((host, mut worker)) = start() else { return };
+    worker.ask(
+        "import signal
+child = os.fork()
+if child == 0: signal.pause()
+held = [os.open(path, os.O_RDONLY) for path in (f'/proc/{child}/stat', f'/proc/{child}/fd', '/proc/self/comm')]
+os.lseek(held[0], 2, 0)
+def look():
+    at = os.lseek(held[0], 0, 1)
+    is_the_childs = os.pread(held[0], 90, 0).split()[0] == b'%d' % child
+    return [at, is_the_childs, sorted(os.listdir(held[1])) != [], os.pread(held[2], 16, 0).decode()]",
+    );
+    let expected = worker.ask("look()");
+    let id = checkpoint(&host);
+    let end = "os.kill(child, 9); os.wait()";
+    for change in ["pass", "os.lseek(held[0], 0, 0)", end, &format!("{end}; [os.close(one) for one in held]")] {
+        worker.ask(change);
+        roll_back(&host, &id);
+        assert_eq!(worker.ask("look()"), expected, "after {change}");
+    }
+    worker.ask(end);
     assert!(worker.end().success());
 }

@@ -303,6 +303,68 @@ fn one_whose_maker_could_not_choose_its_number_is_refused_and_nothing_has_change
 }
 
 #[test]
+fn threads_of_one_with_other_rights_than_its_parent_are_made_again() {
+    let Some((host, mut worker)) = start() else { return };
+    worker.ask(
+        "
+children = [Child() for _ in range(4)]
+changes = 'os.setgroups([5, 6])', 'os.setresgid(7, 7, 7); os.setresuid(8, 8, 8)', 'ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)', 'n = 1'
+for child, change in zip(children, changes):
+    child.ask('import ctypes; ' + change)
+    child.ask('event = threading.Event(); threads = [threading.Thread(target=event.wait, daemon=True) for _ in range(3)]')
+    child.ask('[one.start() for one in threads]; 1')
+# A thread that has given up what the others may do.
+children[3].ask('''
+def drop():
+    ctypes.CDLL(None).syscall(126, (ctypes.c_int * 2)(0x20080522, 0), (ctypes.c_int * 6)())
+    dropped.set(); event.wait()
+dropped = threading.Event(); threads.append(threading.Thread(target=drop, daemon=True)); threads[-1].start(); dropped.wait()''')",
+    );
+    let look = "def look(pid):
+    rights = []
+    for tid in sorted(os.listdir(f'/proc/{pid}/task'), key=int):
+        lines = open(f'/proc/{pid}/task/{tid}/status').read().splitlines()
+        names = 'Uid', 'Gid', 'Groups', 'CapPrm', 'CapEff', 'NoNewPrivs'
+        rights.append([line.split() for line in lines if line.startswith(names)])
+    return rights
+[[look(child.pid), child.ask('sum(one.is_alive() for one in threads)')] for child in children]";
+    let expected = worker.ask(look);
+    let id = checkpoint(&host);
+    for change in [
+        "for child in children: child.ask('event.set(); [one.join() for one in threads]; 1')",
+        "for child in children: end(child.pid)",
+    ] {
+        worker.ask(change);
+        roll_back(&host, &id);
+        assert_eq!(worker.ask(look), expected, "{change}");
+    }
+    assert!(worker.end().success());
+}
+
+#[test]
+fn one_that_shares_its_descriptors_with_another_is_not_made_again_without_them() {
+    let Some((host, mut worker)) = start() else { return };
+    // CLONE_FILES and SIGCHLD.
+    worker.ask(
+        "import ctypes
+child = ctypes.CDLL(None).syscall(56, 0x400 | 17, 0, 0, 0, 0)
+if child == 0: signal.pause()
+n = 1",
+    );
+    let id = checkpoint(&host);
+    worker.ask("n = 2");
+    roll_back(&host, &id);
+    assert_eq!(worker.ask("n"), json!(1));
+    worker.ask("n = 2; end(child)");
+    let refused = host.cli(["--json", "rollback", "box", &id]);
+    assert_eq!(refused.code(), 3, "{refused:?}");
+    let message = refused.error()["message"].to_string();
+    assert!(message.contains("shares its descriptors with another process"), "{message}");
+    assert_eq!(worker.ask("n"), json!(2));
+    assert!(worker.end().success());
+}
+
+#[test]
 fn who_was_stopped_is_stopped_again_and_who_ran_runs() {
     let Some((host, mut worker)) = start() else { return };
     let begin = "

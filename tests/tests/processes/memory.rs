@@ -215,3 +215,154 @@ def look():
     assert_eq!(worker.ask("look()"), expected);
     assert!(worker.end().success());
 }
+
+/// For the worker: calls of the kernel, and a child that makes them too and is ended by its parent.
+const CALLS: &str = r"
+import ctypes, json, time
+libc = ctypes.CDLL(None, use_errno=True); libc.syscall.restype = ctypes.c_long
+def call(number, *words):
+    result = libc.syscall(ctypes.c_long(number), *[ctypes.c_long(word) if isinstance(word, int) else word for word in words])
+    if result == -1: raise OSError(ctypes.get_errno(), f'call {number}')
+    return result
+def room(n_pages, flags=0x22, file=-1): return call(9, 0, n_pages * 4096, 3, flags, file, 0)
+def poke(at, value): ctypes.memmove(at, value, len(value))
+def peek(at, n): return ctypes.string_at(at, n).decode()
+def flags(at):
+    found = False
+    for line in open('/proc/self/smaps'):
+        first = line.split(' ')[0]
+        if '-' in first: start, end = (int(one, 16) for one in first.split('-')); found = start <= at < end
+        elif found and line.startswith('VmFlags'): return line.split()[1:]
+# Asks a child that touches it.
+def is_guard(at):
+    pid = os.fork()
+    if pid == 0: ctypes.string_at(at, 1); os._exit(0)
+    return os.waitpid(pid, 0)[1] & 127 == 11
+class Child:
+    def __init__(self):
+        self.from_child, to_parent = os.pipe(); from_parent, self.to_child = os.pipe()
+        self.pid = os.fork()
+        while self.pid == 0:
+            kind, text = json.loads(os.read(from_parent, 65536))
+            try: answer = eval(text, globals()) if kind == 'value' else exec(text, globals())
+            except BaseException as error: answer = repr(error)
+            os.write(to_parent, json.dumps(answer).encode())
+    def ask(self, text, kind='value'):
+        os.write(self.to_child, json.dumps([kind, text]).encode()); return json.loads(os.read(self.from_child, 65536))
+    def do(self, text): assert self.ask(text, 'do') is None
+    def end(self): os.kill(self.pid, 9); os.waitpid(self.pid, 0)
+child = Child()";
+
+/// Sets up a worker and a child of it by `begin`; in both `look` says the same after each of `changes` and a rollback, and
+/// after the child has ended.
+fn goes_back(begin: &str, look: &str, changes: &[&str]) {
+    let Some((host, mut worker)) = start() else { return };
+    worker.ask(CALLS);
+    let do_both = |what: &str| format!("child.do({})\n{what}", serde_json::to_string(what).expect("a string"));
+    let look_at_both = format!("[{look}, child.ask({})]", serde_json::to_string(look).expect("a string"));
+    worker.ask(&do_both(begin));
+    let expected = worker.ask(&look_at_both);
+    assert_eq!(expected[0], expected[1], "{begin}");
+    let mut id = checkpoint(&host);
+    for round in 0..2 {
+        for change in changes {
+            worker.ask(&do_both(change));
+            roll_back(&host, &id);
+            assert_eq!(worker.ask(&look_at_both), expected, "round {round}, after {change}");
+        }
+        worker.ask("child.end()");
+        roll_back(&host, &id);
+        assert_eq!(worker.ask(&look_at_both), expected, "round {round}, after its end");
+        // What was made again can be held again.
+        id = checkpoint(&host);
+    }
+    worker.ask("child.end()");
+    assert!(worker.end().success());
+}
+
+#[test]
+fn guard_pages_are_those_of_the_checkpoint_again() {
+    // MADV_GUARD_INSTALL and MADV_GUARD_REMOVE.
+    goes_back(
+        "a = room(20); poke(a, b'x' * 4096 * 20); call(28, a + 4096 * 3, 4096 * 2, 102)",
+        "[peek(a, 2), [is_guard(a + 4096 * page) for page in range(8)], peek(a + 4096 * 9, 2)]",
+        &[
+            "call(28, a, 4096 * 20, 103); poke(a, b'z' * 4096 * 20)",
+            "call(28, a + 4096 * 5, 4096, 102)",
+            "call(28, a, 4096 * 20, 102)",
+            "call(11, a, 4096 * 20)",
+            "b = room(4); call(28, b, 4096 * 4, 102)",
+        ],
+    );
+}
+
+#[test]
+fn a_checkpoint_after_guard_pages_came_and_went_is_one() {
+    let Some((host, mut worker)) = start() else { return };
+    worker.ask(CALLS);
+    // Small enough to be compared with its template.
+    worker.ask(&format!("child.do({:?})", "a = room(20); poke(a, b'x' * 4096 * 20)"));
+    for advice in [102, 103, 102] {
+        worker.ask(&format!("child.do('call(28, a, 4096, {advice})')"));
+        let id = checkpoint(&host);
+        worker.ask(&format!("child.do('call(28, a, 4096 * 9, {})')", 205 - advice));
+        roll_back(&host, &id);
+        assert_eq!(worker.ask("child.ask('is_guard(a)')"), json!(advice == 102));
+        assert_eq!(worker.ask("child.ask('is_guard(a + 4096)')"), json!(false));
+    }
+    worker.ask("child.end()");
+    assert!(worker.end().success());
+}
+
+#[test]
+fn locks_and_seals_on_memory_are_those_of_the_checkpoint_again() {
+    // mlock2 with MLOCK_ONFAULT, mlock, mseal.
+    goes_back(
+        "a = room(8); call(325, a, 4096 * 8, 1); b = room(4); call(149, b, 4096 * 4); c = room(4); poke(c, b'was'); call(462, c, 4096 * 4, 0)",
+        "[sorted({'lo', 'lf', 'sl'} & set(flags(at))) for at in (a, b, c)] + [peek(c, 3)]",
+        &[
+            "call(150, a, 4096 * 8); call(150, b, 4096 * 4); poke(c, b'is ')",
+            "call(149, a, 4096 * 8); call(325, b, 4096 * 4, 1)",
+        ],
+    );
+}
+
+#[test]
+fn memory_files_with_seals_go_back() {
+    // Seals: 2 against shrinking, 4 growing, 8 writing, 16 later writers. Mappings made before the last kind still write.
+    goes_back(
+        "
+import fcntl
+def sealed(seals, late=0):
+    file = os.memfd_create('sealed', 2); os.write(file, b'was'); os.ftruncate(file, 4096)
+    fcntl.fcntl(file, 1033, seals & ~16); at = 0 if seals & 8 else room(1, 1, file)
+    fcntl.fcntl(file, 1033, seals)
+    return file, at
+files = [sealed(seals) for seals in (6, 22, 16, 14, 8, 4, 2)]",
+        "[[os.pread(file, 3, 0).decode(), os.fstat(file).st_size, fcntl.fcntl(file, 1034), oct(os.fstat(file).st_mode)] for file, at in files] \
+            + [peek(at, 3) for _, at in files if at]",
+        &[
+            "for file, at in files: at and poke(at, b'is ')",
+            "for file, at in files: os.fchmod(file, 0o600)\nos.ftruncate(files[4][0], 9); os.ftruncate(files[5][0], 9); os.ftruncate(files[6][0], 9000)",
+        ],
+    );
+}
+
+#[test]
+fn a_program_executed_from_a_memory_file_that_is_open_goes_on() {
+    let Some((host, mut worker)) = start() else { return };
+    worker.ask(
+        "import subprocess
+file = os.memfd_create('program', 1); os.write(file, open('/bin/sleep', 'rb').read())
+child = subprocess.Popen([f'/proc/self/fd/{file}', '1000'], pass_fds=[file])",
+    );
+    let look = "[os.fstat(file).st_size == os.path.getsize('/bin/sleep'), child.poll()]";
+    let id = checkpoint(&host);
+    for change in ["pass", "child.kill(); child.wait()", "child.kill(); child.wait(); os.ftruncate(file, 5)"] {
+        worker.ask(change);
+        roll_back(&host, &id);
+        assert_eq!(worker.ask(look), json!([true, null]), "after {change}");
+    }
+    worker.ask("child.kill(); child.wait()");
+    assert!(worker.end().success());
+}

@@ -4,6 +4,8 @@ use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::statfs::{FsType, fstatfs};
 
 use super::read::{Raw, refuse, refuse_as};
 use super::{DescriptorError, DescriptorRefusal, FifoName, Gone, Held, What};
@@ -14,6 +16,9 @@ use crate::deltacr::position;
 use crate::deltacr::shared::{Found, is_on_overlay};
 use crate::sandbox::root::Root;
 use crate::sys::stat::Stat;
+
+/// Where message queues are (the kernel's MQUEUE_MAGIC, ipc/mqueue.c).
+const MQUEUE_MAGIC: FsType = FsType(0x1980_0202);
 
 /// Reads the file behind `raw[at]`. What has no name is added to `found`.
 pub(super) fn read(
@@ -32,11 +37,22 @@ pub(super) fn read(
         if is_on_overlay(copy.as_fd()).map_err(failed("look at a descriptor"))? {
             return nameless(raw, at, held, found);
         }
+        if look.kind() == libc::S_IFREG
+            && fstatfs(copy).map_err(|errno| failed("look at a descriptor")(errno.into()))?.filesystem_type()
+                == MQUEUE_MAGIC
+        {
+            return Err(refuse_as(one, "a POSIX message queue"));
+        }
         // A name that is gone, or none.
         if link.ends_with(super::DELETED) || !link.starts_with(b"/") {
             return Err(refuse(one));
         }
         let path = CString::new(link.clone()).map_err(|error| failed("name a file")(error.into()))?;
+        if path.to_bytes().starts_with(b"/proc/")
+            && root.open(&path, OFlag::O_PATH | OFlag::O_NOFOLLOW).err() == Some(Errno::ENOENT)
+        {
+            return Err(refuse_as(one, "a file of a process that has ended"));
+        }
         return Ok(What::Mount { path });
     }
     if link.is_empty() {

@@ -198,6 +198,13 @@ impl Held {
         }
     }
 
+    /// Whether a process (PID inside) has its table of descriptors together with another one (CLONE_FILES).
+    pub(in crate::deltacr) fn shares_table(&self, inside: pid_t) -> bool {
+        let table = |inside: pid_t| self.seats.get(&inside).map(|seat| seat.table);
+        let own = table(inside);
+        self.seats.keys().any(|other| *other != inside && table(*other) == own)
+    }
+
     /// Open file descriptions, of all processes together.
     pub fn n_descriptions(&self) -> usize {
         self.descriptions.len()

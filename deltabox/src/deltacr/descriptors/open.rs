@@ -111,6 +111,7 @@ impl Held {
                 }
                 What::Socket { socket } => sockets.get_mut(*socket).and_then(Option::take),
                 What::Pidfd(_) => None,
+                What::Mount { path } if self.is_of_process(path) => None,
                 _ => Some(opener.description(description)?),
             };
             if let (Some(made), Some(settings)) = (&made, &description.settings)
@@ -125,6 +126,21 @@ impl Held {
             cwds.insert(*pid, opener.cwd(&seat.cwd)?);
         }
         Ok(Opened { held: self, descriptions, cwds, init, devpts, masters, streams })
+    }
+}
+
+impl Held {
+    /// Whether a path is of one of these processes in `/proc`, where there is none as long as that has to be made. What it
+    /// has open and mapped is not there again before this is.
+    fn is_of_process(&self, path: &CStr) -> bool {
+        const LATER: [&[u8]; 3] = [b"fd", b"fdinfo", b"map_files"];
+        let mut parts = path.to_bytes().rsplit(|byte| *byte == b'/');
+        if parts.nth(1).is_some_and(|parent| LATER.contains(&parent)) {
+            return false;
+        }
+        let number = path.to_bytes().strip_prefix(b"/proc/").and_then(|rest| rest.split(|byte| *byte == b'/').next());
+        let number = number.and_then(|number| str::from_utf8(number).ok()?.parse::<pid_t>().ok());
+        number.is_some_and(|number| self.seats.contains_key(&number))
     }
 }
 
@@ -145,8 +161,15 @@ impl Opened<'_> {
             terminal.put_back(pair).map_err(object)?;
         }
         for (description, made) in self.held.descriptions.iter().zip(&mut self.descriptions) {
-            if let What::Pidfd(pidfd) = &description.what {
-                *made = Some(make_pidfd(pidfd, &host)?);
+            match &description.what {
+                What::Pidfd(pidfd) => *made = Some(make_pidfd(pidfd, &host)?),
+                What::Mount { path } if self.held.is_of_process(path) => {
+                    let failed = |source| DescriptorError::Process { op: "find the root", pid: self.init, source };
+                    let around = Root::of(self.init).map_err(failed)?;
+                    let flags = OFlag::from_bits_retain(description.flags & !OPENING);
+                    *made = Some(open_on_mount(&around, path, flags, description.position)?);
+                }
+                _ => {}
             }
         }
         Ok(())
@@ -172,6 +195,21 @@ impl Opened<'_> {
             }
         }
     }
+}
+
+fn open_on_mount(around: &Root, path: &CString, flags: OFlag, position: i64) -> Result<OwnedFd, DescriptorError> {
+    let failed = |errno: Errno| file_error("open", path)(errno.into());
+    // Something that would wait (a terminal's carrier) does not.
+    let opening = flags | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    let new = around.open(path, opening).map_err(failed)?;
+    if !flags.contains(OFlag::O_NONBLOCK) && !flags.contains(OFlag::O_PATH) {
+        fcntl(&new, FcntlArg::F_SETFL(flags)).map_err(failed)?;
+    }
+    if position != 0 {
+        // What cannot seek had none to speak of.
+        let _ = lseek(&new, position, Whence::SeekSet);
+    }
+    Ok(new)
 }
 
 fn make_pidfd(pidfd: &Pidfd, host: impl Fn(pid_t) -> Option<pid_t>) -> Result<OwnedFd, DescriptorError> {
@@ -247,7 +285,7 @@ impl Opener<'_> {
                 locks::take(new.as_fd(), locks).map_err(failed("lock"))?;
                 Ok(new)
             }
-            What::Mount { path } => self.on_mount(path, flags, *position),
+            What::Mount { path } => open_on_mount(self.around, path, flags, *position),
             What::Memory { key } => {
                 let failed = file_error("open", c"a memfd");
                 let file = self.memory.of(*key).ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
@@ -282,21 +320,6 @@ impl Opener<'_> {
             | What::Terminal { .. }
             | What::DeadTerminal => Err(file_error("open", c"a descriptor")(missing())),
         }
-    }
-
-    fn on_mount(&self, path: &CString, flags: OFlag, position: i64) -> Result<OwnedFd, DescriptorError> {
-        let failed = |errno: Errno| file_error("open", path)(errno.into());
-        // Something that would wait (a terminal's carrier) does not.
-        let opening = flags | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
-        let new = self.around.open(path, opening).map_err(failed)?;
-        if !flags.contains(OFlag::O_NONBLOCK) && !flags.contains(OFlag::O_PATH) {
-            fcntl(&new, FcntlArg::F_SETFL(flags)).map_err(failed)?;
-        }
-        if position != 0 {
-            // What cannot seek had none to speak of.
-            let _ = lseek(&new, position, Whence::SeekSet);
-        }
-        Ok(new)
     }
 
     fn cwd(&mut self, cwd: &Cwd) -> Result<OwnedFd, DescriptorError> {

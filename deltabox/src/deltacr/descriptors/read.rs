@@ -14,6 +14,7 @@ use super::sockets;
 use super::terminals::Terminals;
 use super::{Cwd, DELETED, Description, DescriptorError, DescriptorRefusal, Held, Reading, Seat, Slot, What};
 use crate::deltacr::fdinfo::{FdInfo, Lock, Owner};
+use crate::deltacr::handover::check_room;
 use crate::deltacr::objects::{
     Epoll, Eventfd, Holder, ObjectError, ObjectKind, Pidfd, Pipe, Settings, Signalfd, Spare, Timerfd, kind_of,
     leads_out,
@@ -94,6 +95,8 @@ impl Reader<'_> {
             return Err(DescriptorRefusal::Unshared { pid, tid, what }.into());
         }
         let (mut table, numbers) = self.ahead.take(pid, tid).map_err(failed("open the descriptors"))?;
+        // Now, not on the way back: there is no other then.
+        check_room(pid, tid, &numbers)?;
         let own = stat_at(table.task(), c"root").map_err(failed("find the root"))?;
         if !self.root.is(&own) {
             return Err(DescriptorRefusal::Root { pid }.into());

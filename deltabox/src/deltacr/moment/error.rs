@@ -54,6 +54,12 @@ pub enum MomentError {
         /// What became of it.
         what: &'static str,
     },
+    /// It has a POSIX timer.
+    #[error("process {pid} has a timer of timer_create(2), which a checkpoint cannot hold")]
+    Timers {
+        /// The process.
+        pid: pid_t,
+    },
     /// There are more processes than templates may be made.
     #[error("it needs more than {room} new templates, and there is room for no more")]
     Room {
@@ -79,7 +85,7 @@ impl MomentError {
                 true
             }
             Self::State(error) => error.is_refusal(),
-            Self::Missing { .. } | Self::Lost { .. } | Self::Room { .. } => true,
+            Self::Missing { .. } | Self::Lost { .. } | Self::Room { .. } | Self::Timers { .. } => true,
             _ => false,
         }
     }

@@ -208,6 +208,7 @@ impl<'a> Return<'a> {
                 end::forget_continued(stopped, *parent, child.inside)?;
             }
         }
+        self.shared.seal().map_err(|source| MomentError::Shared { op: "seal", source })?;
         // Last: what happened so far may have made signals. Children first: they may make some for their parents.
         for ((identity, _), now) in self.plan.back.iter().zip(&self.now).rev() {
             if let (Some((past, _)), Some(now), Some(host)) =
@@ -370,6 +371,9 @@ fn check_makers(moment: &Moment, plan: &Plan, zombies: &[Ended], init: pid_t) ->
             How::Orphan(Some(member)) => *member,
         };
         let maker = may(*inside, maker)?;
+        if moment.held.shares_table(*inside) {
+            return Err(MomentError::Missing { inside: *inside, what: "shares its descriptors with another process" });
+        }
         if let (How::Rebuild | How::Orphan(Some(_)), Some(person)) = (how, person(*inside)) {
             person.can_be_made_by(maker, n_filters(init)?).map_err(StateError::from)?;
         }

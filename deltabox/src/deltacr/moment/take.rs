@@ -146,6 +146,7 @@ impl Draft {
         let mut identities = Vec::with_capacity(stopped.processes().len());
         for one in stopped.processes() {
             identities.push(Identity::read(one.pid).map_err(process("identify", one.pid))?);
+            refuse_timers(one.pid)?;
         }
         let (processes, shared) = (Vec::with_capacity(identities.len()), SharedMemory::default());
         let (tree, memory) = (ground.root.dev(), ground.memory.to_owned());
@@ -191,6 +192,11 @@ impl Draft {
         let failed = |source| MomentError::Shared { op: "copy", source };
         for Sketch { identity, outline, .. } in &self.processes {
             for mapping in outline.shared_memory(self.tree) {
+                if mapping.name.starts_with("/[aio]") {
+                    let kind = "an asynchronous I/O context (io_setup(2))";
+                    let (pid, start) = (identity.host, mapping.start);
+                    return Err(TemplateError::from(TemplateRefusal::Mapping { pid, kind, start }).into());
+                }
                 let one = Found::mapped(identity.host, &mapping).map_err(failed)?;
                 if one.is_in(ground.root) && !has_no_name(ground.root, identity.host, &mapping).map_err(failed)? {
                     let (pid, start) = (identity.host, mapping.start);
@@ -315,6 +321,16 @@ fn sketch(
     let (template, outline, number) = make_template(stopped, ground, numbers, pid, chooses)?;
     let (template, number) = (Arc::new(template), Some(number));
     Ok((Sketch { identity, template, outline, threads, person, is_stopped }, number))
+}
+
+/// Nothing makes a timer of timer_create(2) again as it was.
+fn refuse_timers(pid: pid_t) -> Result<(), MomentError> {
+    match fs::read(format!("/proc/{pid}/timers")) {
+        Ok(timers) if !timers.is_empty() => Err(MomentError::Timers { pid }),
+        // A kernel without such timers.
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(process("read the timers of", pid)(error)),
+        _ => Ok(()),
+    }
 }
 
 /// The children of `parent` (host PID) that have ended, and of which it has not heard. One whose first thread alone has

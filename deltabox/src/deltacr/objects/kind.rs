@@ -164,6 +164,8 @@ fn with_path(link: &[u8]) -> ObjectKind {
         }
         _ if device.starts_with(b"dri/") => ObjectKind::Graphics,
         _ if device.starts_with(b"shm/") || device.starts_with(b"mqueue/") => ObjectKind::File,
+        // Directories.
+        b"pts" | b"shm" | b"mqueue" => ObjectKind::File,
         _ if PLAIN_DEVICES.contains(&device) => ObjectKind::File,
         _ => ObjectKind::Device,
     }

@@ -169,9 +169,12 @@ impl SharedMemory {
             let Some(at) = self.objects.iter().position(|object| object.key == key) else { return Ok(()) };
             let Nature::Memory { seals: then, .. } = self.objects[at].nature else { return Ok(()) };
             if found[at].is_none() {
-                let file = File::options().read(true).write(true).open(link)?;
-                // A seal is for ever.
-                if seals(&file) & !then == 0 {
+                let file = match File::options().read(true).write(true).open(link) {
+                    // Somebody executes it: it cannot be written to.
+                    Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy => return Ok(()),
+                    other => other?,
+                };
+                if can_be_put_back(seals(&file), then, file.metadata()?.len(), self.objects[at].len_bytes) {
                     found[at] = Some(Now { was: key, is: key, file });
                 }
             }
@@ -275,12 +278,23 @@ impl Present<'_> {
     pub(super) fn put_back(&self) -> io::Result<()> {
         let Some((memory, content)) = &self.memory else { return Ok(()) };
         for (object, Now { file, .. }) in memory.objects.iter().zip(&self.objects) {
-            const UNCHANGEABLE: i32 = libc::F_SEAL_WRITE | libc::F_SEAL_GROW | libc::F_SEAL_SHRINK;
-            let Nature::Memory { seals: then, .. } = object.nature else { continue };
-            if seals(file) & UNCHANGEABLE == UNCHANGEABLE {
-                continue;
+            let Nature::Memory { permissions, .. } = object.nature else { continue };
+            permissions.set(file.as_fd())?;
+            if seals(file) & UNCHANGEABLE != UNCHANGEABLE {
+                put_back(file, object.len_bytes, &object.data, content, object.at)?;
             }
-            put_back(file, object.len_bytes, &object.data, content, object.at)?;
+        }
+        Ok(())
+    }
+
+    /// Seals memory as it was, once all have it: what is sealed against later writers can still be mapped until then.
+    ///
+    /// # Errors
+    /// Some is not sealed.
+    pub(super) fn seal(&self) -> io::Result<()> {
+        let Some((memory, _)) = &self.memory else { return Ok(()) };
+        for (object, Now { file, .. }) in memory.objects.iter().zip(&self.objects) {
+            let Nature::Memory { seals: then, .. } = object.nature else { continue };
             if seals(file) != then {
                 fcntl(file, FcntlArg::F_ADD_SEALS(SealFlag::from_bits_retain(then)))?;
             }
@@ -313,6 +327,18 @@ impl Present<'_> {
     }
 }
 
+/// With these seals neither content nor size can change.
+const UNCHANGEABLE: i32 = libc::F_SEAL_WRITE | libc::F_SEAL_GROW | libc::F_SEAL_SHRINK;
+
+/// Whether memory with seals `now` can have the content, size and seals again that it had: a seal is for ever.
+fn can_be_put_back(now: i32, then: i32, len_now: u64, len_then: u64) -> bool {
+    let has = |seals: i32| now & seals != 0;
+    let is_new = now & !then != 0;
+    let is_written = has(libc::F_SEAL_WRITE | libc::F_SEAL_FUTURE_WRITE) && now & UNCHANGEABLE != UNCHANGEABLE;
+    let is_sized = len_now < len_then && has(libc::F_SEAL_GROW) || len_now > len_then && has(libc::F_SEAL_SHRINK);
+    !is_new && !is_written && !is_sized
+}
+
 /// None, if it is no memfd or may not be sealed.
 fn seals(file: &File) -> i32 {
     fcntl(file, FcntlArg::F_GET_SEALS).unwrap_or(libc::F_SEAL_SEAL)
@@ -324,4 +350,28 @@ fn link(pid: pid_t, mapping: &Mapping) -> String {
 
 fn tree_of(file: BorrowedFd<'_>) -> io::Result<Option<u64>> {
     if is_on_overlay(file)? { stat(file).map(|look| Some(look.mount)) } else { Ok(None) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use libc::{F_SEAL_FUTURE_WRITE, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_WRITE};
+
+    #[test]
+    fn sealed_memory_is_used_again_if_no_seal_hinders_what_is_to_be_done() {
+        for (now, then, lens, can) in [
+            (0, 0, (1, 2), true),
+            (0, F_SEAL_WRITE, (1, 2), true),
+            (F_SEAL_SEAL, 0, (1, 1), false),
+            (UNCHANGEABLE, UNCHANGEABLE, (2, 2), true),
+            (F_SEAL_WRITE, F_SEAL_WRITE, (2, 2), false),
+            (F_SEAL_FUTURE_WRITE, F_SEAL_FUTURE_WRITE, (2, 2), false),
+            (F_SEAL_GROW, F_SEAL_GROW, (1, 2), false),
+            (F_SEAL_GROW, F_SEAL_GROW, (3, 2), true),
+            (F_SEAL_SHRINK, F_SEAL_SHRINK, (3, 2), false),
+            (F_SEAL_SHRINK, F_SEAL_SHRINK, (1, 2), true),
+        ] {
+            assert_eq!(can_be_put_back(now, then, lens.0, lens.1), can, "{now} {then} {lens:?}");
+        }
+    }
 }

@@ -21,6 +21,10 @@ const FEW_PARTS: usize = 4;
 pub(super) struct Found {
     /// Pages that are not one.
     pub(super) written: Vec<Range<u64>>,
+    /// Guard pages of the template alone.
+    pub(super) guarded: Vec<Range<u64>>,
+    /// Guard pages of the process alone.
+    pub(super) bared: Vec<Range<u64>>,
     /// How many are.
     pub(super) n_equal: u64,
 }
@@ -32,6 +36,8 @@ pub(super) fn compare(wanted: &Arc<Pages>, present: &Arc<Pages>, ranges: &[Range
     let take = |_: &Range<u64>, one: Found| {
         found.n_equal += one.n_equal;
         one.written.into_iter().for_each(|range| push(&mut found.written, range));
+        one.guarded.into_iter().for_each(|range| push(&mut found.guarded, range));
+        one.bared.into_iter().for_each(|range| push(&mut found.bared, range));
         Ok(())
     };
     share(parts(ranges), FEW_PARTS, move |part: &Range<u64>| look(&wanted, &present, part), take)?;
@@ -45,14 +51,34 @@ pub(super) fn look(wanted: &Pages, present: &Pages, part: &Range<u64>) -> io::Re
     present.read_entries(part, &mut right)?;
     let mut found = Found::default();
     for (page, (left, right)) in (0..).zip(left.iter().zip(&right)) {
-        if left.is_shared_with(*right) {
-            found.n_equal += 1;
-        } else {
-            let page = part.start + page * PAGE_BYTES;
-            push(&mut found.written, page..page + PAGE_BYTES);
+        let page = part.start + page * PAGE_BYTES;
+        let page = page..page + PAGE_BYTES;
+        match (left.is_guard(), right.is_guard()) {
+            (true, true) => found.n_equal += 1,
+            (true, false) => push(&mut found.guarded, page),
+            (false, false) if left.is_shared_with(*right) => found.n_equal += 1,
+            (false, is_guard) => {
+                if is_guard {
+                    push(&mut found.bared, page.clone());
+                }
+                push(&mut found.written, page);
+            }
         }
     }
     Ok(found)
+}
+
+/// The guard pages within `ranges`.
+pub(super) fn guards(pages: &Pages, ranges: &[Range<u64>]) -> io::Result<Vec<Range<u64>>> {
+    let (mut guards, mut entries) = (Vec::new(), Vec::new());
+    for part in parts(ranges) {
+        pages.read_entries(&part, &mut entries)?;
+        for (page, _) in (0..).zip(&entries).filter(|(_, entry)| entry.is_guard()) {
+            let page = part.start + page * PAGE_BYTES;
+            push(&mut guards, page..page + PAGE_BYTES);
+        }
+    }
+    Ok(guards)
 }
 
 /// All of `ranges`, in pieces.

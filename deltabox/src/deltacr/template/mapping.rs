@@ -71,6 +71,8 @@ pub enum Advice {
     Special,
     /// `sl`: sealed against changes.
     Sealed,
+    /// `lf`: locked from the first access on (MLOCK_ONFAULT).
+    LockedOnFault,
 }
 
 impl Advice {
@@ -92,6 +94,7 @@ impl Advice {
             "ht" => Self::HugeTlb,
             "io" | "pf" => Self::Special,
             "sl" => Self::Sealed,
+            "lf" => Self::LockedOnFault,
             _ => return None,
         })
     }

@@ -6,12 +6,14 @@
 //! | a page of its own | another, none, or the file's | copied |
 //! | none (zeros, or the file's) | a page of its own | dropped |
 //! | none | none | nothing |
+//! | a guard page (MADV_GUARD_INSTALL) | none | made one |
+//! | none | a guard page | none any more, then as above |
 
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::compare::{compare, look, parts};
+use super::compare::{compare, guards, look, parts};
 use super::mapping::{Advice, Mapping};
 use super::ranges::{len_of, push, union, within, without};
 use super::second::share;
@@ -31,6 +33,10 @@ const TAKEN_ALONG_BYTES: u64 = 16 * PAGE_BYTES;
 pub(super) struct Differences {
     pub(super) copied: Vec<Range<u64>>,
     pub(super) dropped: Vec<Range<u64>>,
+    /// Are to be guard pages.
+    pub(super) guarded: Vec<Range<u64>>,
+    /// Are guard pages, and were none.
+    pub(super) bared: Vec<Range<u64>>,
     /// Pages that both have and are one.
     pub(super) n_equal: u64,
 }
@@ -63,9 +69,17 @@ pub(super) fn find(
     for window in windows(&spans, &had) {
         dropped.extend(without(&present.scan_own(window)?, &had));
     }
+    let suspect = without(&watched, equal);
+    let no_guards = Vec::new();
+    let is = known.map_or(&no_guards, |known| &known.guards);
+    let was = if suspect.is_empty() { Vec::new() } else { within(&suspect, &source.guards(&had)?) };
+    let mut bared = union(&found.bared, &within(&suspect, &without(is, &was)));
+    bared.extend(guards(present, &dropped)?);
     Ok(Differences {
-        copied: union(&found.written, &without(&watched, equal)),
+        copied: union(&found.written, &without(&suspect, &was)),
         dropped,
+        guarded: union(&found.guarded, &without(&was, is)),
+        bared,
         n_equal: found.n_equal + n_pages(&within(&watched, equal)),
     })
 }
@@ -86,8 +100,9 @@ pub(super) fn find_few(
     let had = within(&own(source, &spans)?, &spans);
     let mut written = Vec::new();
     for part in parts(&had) {
-        written.extend(look(source.pages(), present, &part)?.written);
-        if len_of(&written) > most {
+        let found = look(source.pages(), present, &part)?;
+        written.extend(found.written);
+        if len_of(&written) > most || !found.guarded.is_empty() || !found.bared.is_empty() {
             return Ok(None);
         }
     }

@@ -23,6 +23,8 @@ pub(super) enum Step {
     Advise(i32),
     /// It was locked.
     Lock,
+    /// Its pages were locked from the first access on.
+    LockOnFault,
     /// It was not locked.
     Unlock,
 }
@@ -72,7 +74,7 @@ pub(super) fn plan(
     let rank = |step: &Step| match step {
         Step::Unmap => 0,
         Step::Map(_) | Step::Grow => 1,
-        Step::Protect(_) | Step::Advise(_) | Step::Lock | Step::Unlock => 2,
+        Step::Protect(_) | Step::Advise(_) | Step::Lock | Step::LockOnFault | Step::Unlock => 2,
     };
     steps.sort_by_key(|(range, step)| (rank(step), range.start));
     Ok(steps)
@@ -172,10 +174,13 @@ fn advice(was: &Mapping, is: Option<&Mapping>) -> Vec<Step> {
             _ => libc::MADV_NORMAL,
         }));
     }
-    match (was.has(Advice::Locked), has(Advice::Locked)) {
-        (true, false) => steps.push(Step::Lock),
-        (false, true) => steps.push(Step::Unlock),
-        _ => {}
+    let lock = |one: &Mapping| match (one.has(Advice::Locked), one.has(Advice::LockedOnFault)) {
+        (true, false) => Step::Lock,
+        (true, true) => Step::LockOnFault,
+        (false, _) => Step::Unlock,
+    };
+    if lock(was) != is.map_or(Step::Unlock, lock) {
+        steps.push(lock(was));
     }
     steps
 }
@@ -241,6 +246,18 @@ mod tests {
         let is = [with(mapping(10, 20, 1), &[Advice::DontFork]), mapping(20, 30, 1)];
         let expected = [(10..30, Step::Protect(3)), (20..30, Step::Advise(libc::MADV_DONTFORK))];
         assert_eq!(steps(&was, &is), expected);
+    }
+
+    #[test]
+    fn locks_are_of_the_kind_that_they_were() {
+        let lists = [&[][..], &[Advice::Locked], &[Advice::Locked, Advice::LockedOnFault]];
+        let lists = lists.map(|advice| [with(mapping(1, 9, 3), advice)]);
+        for (was, step) in lists.iter().zip([Step::Unlock, Step::Lock, Step::LockOnFault]) {
+            for is in &lists {
+                let expected = if was == is { vec![] } else { vec![(1..9, step.clone())] };
+                assert_eq!(steps(was, is), expected);
+            }
+        }
     }
 
     #[test]

@@ -68,7 +68,10 @@ pub fn rebuild(
     let registers = leader.registers();
     if past.threads.n_threads() > 1 {
         let face = Face::read(parent, parent).map_err(process("read the state of", parent))?;
-        past.threads.check_maker(parent, &face)?;
+        // What each of them may do is put back later, as with the first.
+        if !face.chooses_numbers() {
+            return Err(TemplateRefusal::Denied { pid: parent }.into());
+        }
     }
     let ground = Ground::plan(parent, past)?;
     let parent = Parent::of(stopped, parent)?;
@@ -165,7 +168,8 @@ impl Parent {
         born.map(|()| pid)
     }
 
-    /// Large parts of its memory that a child can do without, and that it would get.
+    /// Parts of its memory that a child can do without, and that it would get: large ones, and those that are sealed, of
+    /// which it could not get rid.
     fn spared(self, stopped: &Stopped, above: &Memory) -> Result<Vec<Range<u64>>, TemplateError> {
         let found = stopped.processes().iter().find(|process| process.pid == self.pid);
         let mut needed = Vec::new();
@@ -176,7 +180,7 @@ impl Parent {
         }
         let can_do_without = |mapping: &&Mapping| {
             let range = mapping.range();
-            mapping.anonymous_bytes >= LARGE_BYTES
+            (mapping.anonymous_bytes >= LARGE_BYTES || mapping.has(Advice::Sealed))
                 && !mapping.is_kernels()
                 && ![Advice::DontFork, Advice::Special].iter().any(|advice| mapping.has(*advice))
                 && !needed.iter().any(|address| range.contains(address))

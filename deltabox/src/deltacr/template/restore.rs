@@ -29,9 +29,15 @@ use crate::deltacr::inject::{Call, Hand};
 use crate::deltacr::shared::Present;
 use crate::deltacr::stop::Stopped;
 use crate::sandbox::root::Root;
+use crate::sys::process::set_lock_limit;
 
 /// So often the mappings are looked at again (chosen: one look more than any known cause needs).
 const N_ATTEMPTS: usize = 3;
+
+/// Accesses to these pages are SIGSEGV (since Linux 6.13, include/uapi/asm-generic/mman-common.h).
+const MADV_GUARD_INSTALL: i32 = 102;
+/// They are pages like others, and empty.
+const MADV_GUARD_REMOVE: i32 = 103;
 
 /// What there was to do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -187,11 +193,14 @@ fn put_memory(
     report.comparison = begin.elapsed();
     let begin = Instant::now();
     drop_pages(&mut hand, &wanted, &differences.dropped)?;
+    advise(&mut hand, &differences.bared, MADV_GUARD_REMOVE)?;
+    advise(&mut hand, &differences.guarded, MADV_GUARD_INSTALL)?;
     hand.close()?;
     // A locked mapping, and one with pages made ahead, are copied to all the same.
     pages::copy(source.pages(), &present, &differences.copied).map_err(process("copy the pages of", pid))?;
     let watched = stopped.kept.watches.begin(pid, &present, (source, &wanted));
     watched.map_err(process("watch the pages of", pid))?;
+    seal(stopped, pid, &wanted)?;
     report.n_equal_pages = differences.n_equal;
     report.n_copied_pages = pages::n_pages(&differences.copied);
     report.n_dropped_pages = pages::n_pages(&differences.dropped);
@@ -442,7 +451,14 @@ impl<'a> Room<'a> {
         }
         report.n_unmapped += unmaps;
         calls.extend(wares.close_calls());
-        let results = hand.run(&calls)?;
+        // A soft limit that was lowered when it had been locked does not stand in its way. (Killed here, the engine takes the
+        // process with it.)
+        let locks = steps.iter().any(|(_, step)| matches!(step, Step::Lock | Step::LockOnFault));
+        let failed = process("change the limits of", pid);
+        let limit = locks.then(|| set_lock_limit(pid, u64::MAX)).transpose().map_err(failed)?;
+        let results = hand.run(&calls);
+        limit.map(|limit| set_lock_limit(pid, limit)).transpose().map_err(failed)?;
+        let results = results?;
         for (result, call) in results.iter().zip(&calls) {
             check(pid, name_of(call), *result)?;
         }
@@ -486,6 +502,7 @@ fn change_call(range: &Range<u64>, step: &Step) -> Call {
         Step::Protect(protection) => call(libc::SYS_mprotect, &[start, len_bytes, *protection]),
         Step::Advise(advice) => call(libc::SYS_madvise, &[start, len_bytes, advice.cast_unsigned().into()]),
         Step::Lock => call(libc::SYS_mlock, &[start, len_bytes]),
+        Step::LockOnFault => call(libc::SYS_mlock2, &[start, len_bytes, libc::MLOCK_ONFAULT.into()]),
         Step::Unlock => call(libc::SYS_munlock, &[start, len_bytes]),
         Step::Unmap | Step::Map(_) | Step::Grow => call(libc::SYS_munmap, &[start, 0]),
     }
@@ -499,6 +516,8 @@ fn name_of(call: &Call) -> &'static str {
         libc::SYS_madvise => "madvise",
         libc::SYS_brk => "brk",
         libc::SYS_mlock => "mlock",
+        libc::SYS_mlock2 => "mlock2",
+        libc::SYS_mseal => "mseal",
         libc::SYS_munlock => "munlock",
         _ => "close",
     }
@@ -538,6 +557,30 @@ fn drop_pages(hand: &mut Hand<'_>, wanted: &[Mapping], dropped: &[Range<u64>]) -
         return Ok(());
     }
     let results = hand.run(&calls)?;
+    results.iter().try_for_each(|result| check(hand.pid(), "madvise", *result))
+}
+
+/// Seals what was sealed (mseal(2)): last, for nothing can be dropped or mapped anew then. What is sealed stays so.
+fn seal(stopped: &mut Stopped, pid: pid_t, wanted: &[Mapping]) -> Result<(), TemplateError> {
+    let sealed = wanted.iter().filter(|one| one.has(Advice::Sealed) && !one.is_kernels());
+    let calls: Vec<_> = sealed.map(|one| call(libc::SYS_mseal, &[one.start, one.len_bytes(), 0])).collect();
+    if calls.is_empty() {
+        return Ok(());
+    }
+    let mut hand = stopped.hand(pid)?;
+    let results = hand.run(&calls)?;
+    hand.close()?;
+    results.iter().try_for_each(|result| check(pid, "mseal", *result))
+}
+
+fn advise(hand: &mut Hand<'_>, ranges: &[Range<u64>], advice: i32) -> Result<(), TemplateError> {
+    if ranges.is_empty() {
+        return Ok(());
+    }
+    let advise = |range: &Range<u64>| {
+        call(libc::SYS_madvise, &[range.start, range.end - range.start, advice.cast_unsigned().into()])
+    };
+    let results = hand.run(&ranges.iter().map(advise).collect::<Vec<_>>())?;
     results.iter().try_for_each(|result| check(hand.pid(), "madvise", *result))
 }
 

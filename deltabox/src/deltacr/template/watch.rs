@@ -27,7 +27,7 @@ use std::sync::{Arc, LazyLock};
 
 use libc::pid_t;
 
-use super::compare::compare;
+use super::compare::{compare, guards};
 use super::mapping::{Advice, Mapping};
 use super::memory::Memory;
 use super::pages::look_ahead;
@@ -35,7 +35,7 @@ use super::ranges::{len_of, push, union, within, without};
 use super::remove::Template;
 use super::source::{PAGE_BYTES, Pages, Source};
 use crate::sys::blob::AREA_SLOTS;
-use crate::sys::memory::{Search, UFFD_USER_MODE_ONLY, uffd_api, uffd_feature, uffd_register_wp, userfaultfd};
+use crate::sys::memory::{Search, UFFD_USER_MODE_ONLY, page_is, uffd_api, uffd_feature, uffd_register_wp, userfaultfd};
 
 /// Processes with less memory of their own are not watched (chosen: to compare it takes 0.3 ms).
 const LEAST_BYTES: u64 = 8 << 20;
@@ -160,7 +160,8 @@ impl Watch {
         self.watch_what_pays(memory, &pages)?;
         // They are protected before they are compared.
         let unsure = union(&self.scan(&pages, Search::PROTECT)?, &within(&unwritten, &self.doubtful));
-        self.doubtful = compare(source.pages(), &pages, &unsure)?.written;
+        let found = compare(source.pages(), &pages, &unsure)?;
+        self.doubtful = union(&found.written, &found.guarded);
         Ok(())
     }
 
@@ -227,6 +228,8 @@ pub(super) struct Known {
     pub(super) spans: Vec<Range<u64>>,
     /// Pages in it that are the template's.
     pub(super) equal: Vec<Range<u64>>,
+    /// Guard pages in it.
+    pub(super) guards: Vec<Range<u64>>,
 }
 
 /// The watches over a sandbox's processes.
@@ -265,11 +268,22 @@ impl Watches {
         let Some(watch) = self.0.iter_mut().find(|watch| watch.pid == pid) else { return Ok(None) };
         let Some(since) = watch.since.as_ref().filter(|_| watch.is_of(pages)) else { return Ok(None) };
         // The mappings are there, so that what is not found is a page that was not written.
-        let unwritten = without(&watch.spans, &watch.scan(pages, Search::MAYBE_WRITTEN)?);
+        let (mut maybe, mut absent) = (Vec::new(), Vec::new());
+        for span in &watch.spans {
+            pages.scan_regions(span.clone(), Search::MAYBE_WRITTEN, |region| {
+                push(&mut maybe, region.start..region.end);
+                if region.categories & page_is::SWAPPED != 0 {
+                    push(&mut absent, region.start..region.end);
+                }
+            })?;
+        }
+        let unwritten = without(&watch.spans, &maybe);
         let known = without(&unwritten, &watch.doubtful);
         watch.doubtful = within(&watch.doubtful, &unwritten);
         let alike = Generation::alike(since, &source.generation(), known);
-        Ok(alike.map(|equal| Known { spans: watch.spans.clone(), equal }))
+        let Some(equal) = alike else { return Ok(None) };
+        let guards = guards(pages, &absent)?;
+        Ok(Some(Known { spans: watch.spans.clone(), equal, guards }))
     }
 
     /// After process `pid` was given the pages of `source`, still stopped: from now on is watched what becomes of that.

@@ -76,6 +76,11 @@ def a_child_writes():
     os.waitpid(pid, 0)
 def by_another_thread():
     thread = threading.Thread(target=stores); thread.start(); thread.join()
+def guards():
+    "Made and taken away again, the page is another one then."
+    at, length = stretch(4); worked(libc.madvise(word(base + at), word(length), 102)); worked(libc.madvise(word(base + at), word(length), 103))
+def left_guarded():
+    at, length = stretch(2); worked(libc.madvise(word(base + at), word(length), 102)); guarded.append((at, length))
 def locked():
     at, length = stretch(10); worked(libc.mlock(word(base + at), word(length))); memory[at:at + 7] = dice.randbytes(7); worked(libc.munlock(word(base + at), word(length)))
 def much(): memory[:N // 2] = dice.randbytes(N // 2)
@@ -83,11 +88,19 @@ def the_heap():
     heap[dice.randrange(6)] = [dice.randbytes(40) for _ in range(60000)]
 def nothing(): pass
 ways = [stores, kernel_writes, own_mem_file, dropped, dropped_and_read, mapped_anew, unmapped_first, protected,
-    left_protected, away_and_back, one_over_another, huge, a_file_over_it, a_child_writes, by_another_thread, locked,
+    left_protected, guards, left_guarded, away_and_back, one_over_another, huge, a_file_over_it, a_child_writes, by_another_thread, locked,
     much, the_heap, nothing]
-def reset(): worked(libc.mprotect(word(base), word(N), READ | WRITE))
+guarded = []
+def reset():
+    worked(libc.mprotect(word(base), word(N), READ | WRITE))
+    while guarded:
+        at, length = guarded.pop()
+        with open('/proc/self/pagemap', 'rb') as entries:
+            entries.seek((base + at) // PAGE * 8); assert entries.read(8)[7] & 4, 'no guard page any more'
+        worked(libc.madvise(word(base + at), word(length), 103))
 
 def digest():
+    reset()
     sums = hashlib.sha256(memory)
     for key in sorted(heap): sums.update(b''.join(heap[key]))
     return sums.hexdigest() + str(dice.getstate()[1][-1])
