@@ -256,12 +256,16 @@ impl<'a> Return<'a> {
             How::Rebuild => {
                 let parent = *family.hosts.get(&identity.parent).ok_or_else(missing("has no parent"))?;
                 let above = self.moment.past(identity.parent).map(|above| &above.memory);
-                (rebuild(stopped, parent, above, &family.newborn(&identity, identity.parent), &what)?, false)
+                let made = rebuild(stopped, parent, above, &family.newborn(&identity, identity.parent), &what)?;
+                lifted.inherited(made, parent);
+                (made, false)
             }
             How::Orphan(Some(member)) => {
                 let maker = *family.hosts.get(&member).ok_or_else(missing("has nobody in its session"))?;
                 let above = self.moment.past(member).map(|above| &above.memory);
-                (rebuild_orphan(stopped, maker, above, &family.newborn(&identity, member), &what)?, false)
+                let made = rebuild_orphan(stopped, maker, above, &family.newborn(&identity, member), &what)?;
+                lifted.inherited(made, maker);
+                (made, false)
             }
         };
         if is_done {
@@ -311,6 +315,13 @@ impl Lifted {
         let soft = set_soft_limit(host, libc::RLIMIT_NOFILE, u64::MAX).map_err(process("lift the limits of", host))?;
         self.0.insert(host, soft);
         Ok(())
+    }
+
+    /// A child has the lifted limit of its maker.
+    fn inherited(&mut self, child: pid_t, maker: pid_t) {
+        if let Some(soft) = self.0.get(&maker) {
+            self.0.insert(child, *soft);
+        }
     }
 
     fn lower(&mut self, host: pid_t) -> Result<(), MomentError> {
