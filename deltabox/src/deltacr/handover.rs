@@ -20,7 +20,7 @@ use super::error::InjectError;
 use super::inject::{Call, Hand};
 use super::stop::Stopped;
 use crate::sys::fs::chmod;
-use crate::sys::process::{descriptor_limit, pidfd_getfd};
+use crate::sys::process::{descriptor_limits, pidfd_getfd};
 use crate::sys::socket::send_with_fds;
 use crate::sys::stat::stat;
 
@@ -36,6 +36,7 @@ const HEADER: u64 = 64;
 const VECTOR: u64 = HEADER + 64;
 const BYTE: u64 = 144;
 const CONTROL: u64 = 256;
+const LIMITS: u64 = 1024;
 const ARGUMENTS: u64 = 4096;
 
 /// Why a process did not get what it should.
@@ -47,6 +48,16 @@ pub enum HandoverError {
         /// The process.
         pid: pid_t,
         /// RLIMIT_NOFILE.
+        limit: u64,
+    },
+    /// It has a descriptor that even its hard limit does not allow any more.
+    #[error("process {pid} has descriptor {number} open, which its limit of {limit} does not allow any more")]
+    Beyond {
+        /// The process.
+        pid: pid_t,
+        /// The descriptor.
+        number: i32,
+        /// RLIMIT_NOFILE, the hard one.
         limit: u64,
     },
     /// A step outside of it failed.
@@ -77,7 +88,7 @@ pub enum HandoverError {
 impl HandoverError {
     /// Whether something about the process stands in the way, and no failure of the machine.
     pub fn is_refusal(&self) -> bool {
-        matches!(self, Self::Full { .. } | Self::Inject(InjectError::Refused(_)))
+        matches!(self, Self::Full { .. } | Self::Beyond { .. } | Self::Inject(InjectError::Refused(_)))
     }
 
     /// Whether the process may not enter its working directory: all else has been given.
@@ -113,7 +124,17 @@ pub(super) enum Use {
     Mapping { start: u64, len_bytes: u64, protection: u64, flags: u64, offset_bytes: u64 },
 }
 
+/// Sets RLIMIT_NOFILE of the process itself to what lies at `at`.
+fn limit_call(at: u64) -> Call {
+    call(libc::SYS_prlimit64, &[0, libc::RLIMIT_NOFILE.into(), at, 0])
+}
+
 impl Use {
+    /// Whether it is for a number that was open already when the limit was lowered below it.
+    fn is_beyond(self, limit: u64) -> bool {
+        matches!(self, Self::Descriptor { number, .. } if u64::try_from(number).is_ok_and(|number| number >= limit))
+    }
+
     /// The call that puts descriptor `received` to its use, and its name.
     pub(super) fn call(self, received: i32) -> (Call, &'static str) {
         let received = number(received);
@@ -189,13 +210,15 @@ pub(super) struct Session<'a> {
     task: BorrowedFd<'a>,
     /// Numbers that are free and below the limit, lowest first.
     free: Vec<i32>,
+    /// RLIMIT_NOFILE, soft and hard.
+    limits: (u64, u64),
 }
 
 impl<'a> Session<'a> {
     pub(super) fn open(stopped: &'a mut Stopped, receiver: Receiver<'a>) -> Result<Self, HandoverError> {
         let Receiver { pid, tid, task, numbers } = receiver;
         let failed = |op| move |source| HandoverError::Process { op, pid, source };
-        let limit = descriptor_limit(tid).map_err(failed("read the limits"))?;
+        let (limit, hard) = descriptor_limits(tid).map_err(failed("read the limits"))?;
         let free = free_numbers(numbers, limit, N_PER_MESSAGE + 2);
         if free.len() < LEAST_ROOM {
             return Err(HandoverError::Full { pid, limit });
@@ -210,7 +233,7 @@ impl<'a> Session<'a> {
         let pair = [0, 4].map(|at| bytes[at..at + 4].try_into().map_or(-1, i32::from_ne_bytes));
         let socket = pidfd_getfd(task, pair[1]).map_err(failed("copy a descriptor"))?;
         let free = free.into_iter().filter(|number| !pair.contains(number)).collect();
-        Ok(Self { hand, pid, pair, paired: true, socket, task, free })
+        Ok(Self { hand, pid, pair, paired: true, socket, task, free, limits: (limit, hard) })
     }
 
     /// Has the process make a descriptor; its number, and the engine's copy.
@@ -285,9 +308,18 @@ impl<'a> Session<'a> {
         let header = [0, 0, scratch + VECTOR, 1, scratch + CONTROL, room_bytes, 0, 0, scratch + BYTE, 1];
         let flags = unsigned(libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT);
         batch.add("recvmsg", call(libc::SYS_recvmsg, &[number(self.pair[0]), scratch + HEADER, flags]));
+        let is_beyond = gifts.iter().any(|gift| gift.what.is_beyond(self.limits.0));
+        if is_beyond {
+            let (soft, hard) = self.limits;
+            self.hand.write(scratch + LIMITS, &words(&[hard, hard, soft, hard]))?;
+            batch.add("prlimit64", limit_call(scratch + LIMITS));
+        }
         for (gift, received) in gifts.iter().zip(&self.free) {
             let (call, name) = gift.what.call(*received);
             batch.add(name, call);
+        }
+        if is_beyond {
+            batch.add("prlimit64", limit_call(scratch + LIMITS + 16));
         }
         for (first, last) in runs(&self.free[..gifts.len()]) {
             batch.add("close_range", call(libc::SYS_close_range, &[number(first), number(last), 0]));
@@ -345,10 +377,13 @@ impl<'a> Session<'a> {
     }
 }
 
-/// Fails unless a process with descriptors `numbers`, sorted, can be handed others.
+/// Fails unless a process with descriptors `numbers`, sorted, can be handed others, and those themselves.
 pub(super) fn check_room(pid: pid_t, tid: pid_t, numbers: &[i32]) -> Result<(), HandoverError> {
     let failed = |source| HandoverError::Process { op: "read the limits", pid, source };
-    let limit = descriptor_limit(tid).map_err(failed)?;
+    let (limit, hard) = descriptor_limits(tid).map_err(failed)?;
+    if let Some(last) = numbers.last().filter(|last| u64::try_from(**last).is_ok_and(|last| last >= hard)) {
+        return Err(HandoverError::Beyond { pid, number: *last, limit: hard });
+    }
     match free_numbers(numbers, limit, LEAST_ROOM).len() < LEAST_ROOM {
         true => Err(HandoverError::Full { pid, limit }),
         false => Ok(()),

@@ -29,9 +29,10 @@ pub(super) fn read(live: &Path) -> Result<Vec<ProcessReport>, Error> {
 
 /// `ppid` is still the host's.
 fn read_one(host_pid: i32) -> io::Result<Option<ProcessReport>> {
-    let status = fs::read_to_string(format!("/proc/{host_pid}/status"))?;
+    // Names are any bytes.
+    let status = fs::read(format!("/proc/{host_pid}/status"))?;
     let cmdline = fs::read(format!("/proc/{host_pid}/cmdline"))?;
-    Ok(parse(host_pid, &status, &cmdline))
+    Ok(parse(host_pid, &String::from_utf8_lossy(&status), &cmdline))
 }
 
 fn parse(host_pid: i32, status: &str, cmdline: &[u8]) -> Option<ProcessReport> {

@@ -205,23 +205,26 @@ pub fn compare(a: libc::pid_t, b: libc::pid_t, what: Compared) -> io::Result<std
     }
 }
 
-/// The limit on descriptor numbers of a process.
-pub fn descriptor_limit(pid: libc::pid_t) -> io::Result<u64> {
-    let mut limit = libc::rlimit64 { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: the kernel writes one rlimit64 and reads none.
-    check(unsafe { libc::prlimit64(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &raw mut limit) }.into())?;
+/// The limit on descriptor numbers of a process, soft and hard.
+pub fn descriptor_limits(pid: libc::pid_t) -> io::Result<(u64, u64)> {
+    let limit = limit(pid, libc::RLIMIT_NOFILE)?;
+    Ok((limit.rlim_cur, limit.rlim_max))
+}
+
+/// Sets a soft limit of a process (`RLIMIT_*`), to the hard one at most. Returns what it was.
+pub fn set_soft_limit(pid: libc::pid_t, resource: libc::__rlimit_resource_t, soft: u64) -> io::Result<u64> {
+    let limit = limit(pid, resource)?;
+    let new = libc::rlimit64 { rlim_cur: soft.min(limit.rlim_max), ..limit };
+    // SAFETY: the kernel reads one rlimit64 and writes none.
+    check(unsafe { libc::prlimit64(pid, resource, &raw const new, std::ptr::null_mut()) }.into())?;
     Ok(limit.rlim_cur)
 }
 
-/// Sets the soft limit on what a process may lock in memory, the hard one at most. Returns what it was, bytes.
-pub fn set_lock_limit(pid: libc::pid_t, soft: u64) -> io::Result<u64> {
+fn limit(pid: libc::pid_t, resource: libc::__rlimit_resource_t) -> io::Result<libc::rlimit64> {
     let mut limit = libc::rlimit64 { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the kernel writes one rlimit64 and reads none.
-    check(unsafe { libc::prlimit64(pid, libc::RLIMIT_MEMLOCK, std::ptr::null(), &raw mut limit) }.into())?;
-    let new = libc::rlimit64 { rlim_cur: soft.min(limit.rlim_max), ..limit };
-    // SAFETY: the kernel reads one rlimit64 and writes none.
-    check(unsafe { libc::prlimit64(pid, libc::RLIMIT_MEMLOCK, &raw const new, std::ptr::null_mut()) }.into())?;
-    Ok(limit.rlim_cur)
+    check(unsafe { libc::prlimit64(pid, resource, std::ptr::null(), &raw mut limit) }.into())?;
+    Ok(limit)
 }
 
 /// Sends `signal` to the process behind `pidfd`.

@@ -250,3 +250,47 @@ def look():
     worker.ask(end);
     assert!(worker.end().success());
 }
+
+#[test]
+fn descriptors_above_a_limit_that_was_lowered_move_and_go_back() {
+    let Some((host, mut worker)) = start() else { return };
+    // As a shell has with `ulimit -n`: its script is descriptor 255. A child has more files mapped than it may have open.
+    worker.ask(
+        "import ctypes, resource, time
+map = ctypes.CDLL(None).mmap
+map.restype, map.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+f = open('/srv/f', 'w+'); f.write('old'); f.flush(); os.dup2(f.fileno(), 255)
+resource.setrlimit(resource.RLIMIT_NOFILE, (20, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+shared = []
+for n in range(40):
+    with open('/srv/m%d' % n, 'w+b') as one: one.write(b'%4d' % n + bytes(4092)); one.flush(); shared.append(map(None, 4096, 3, 1, one.fileno(), 0))
+def child():
+    pid = os.fork()
+    while pid == 0: time.sleep(1)
+    return pid
+pid = child()
+def look():
+    same = os.lseek(255, 0, 1) == f.tell() == 3
+    return [same, os.pread(255, 9, 0).decode(), resource.getrlimit(resource.RLIMIT_NOFILE)[0], [int(ctypes.string_at(one, 4)) for one in shared] == list(range(40)),
+            os.path.exists(f'/proc/{pid}/fd/255'), sum('/srv/m' in line for line in open(f'/proc/{pid}/maps'))]",
+    );
+    let expected = worker.ask("look()");
+    assert_eq!(expected, json!([true, "old", 20, true, true, 40]));
+    for file in ["'/srv/one'", "'/srv/two'"] {
+        // So that the root is another one.
+        worker.ask(&format!("open({file}, 'w').close()"));
+        let id = checkpoint(&host);
+        assert_eq!(worker.ask("look()"), expected);
+        for change in [
+            "f.write('new'); f.flush(); os.close(255); ctypes.memmove(shared[7], b'8888', 4)",
+            "for one in shared: ctypes.CDLL(None).munmap(ctypes.c_void_p(one), ctypes.c_size_t(4096))",
+            "os.kill(pid, 9); os.waitpid(pid, 0)",
+        ] {
+            worker.ask(change);
+            roll_back(&host, &id);
+            assert_eq!(worker.ask("look()"), expected, "after {change}");
+        }
+    }
+    worker.ask("os.kill(pid, 9); os.waitpid(pid, 0)");
+    assert!(worker.end().success());
+}

@@ -366,3 +366,24 @@ child = subprocess.Popen([f'/proc/self/fd/{file}', '1000'], pass_fds=[file])",
     worker.ask("child.kill(); child.wait()");
     assert!(worker.end().success());
 }
+
+#[test]
+fn files_whose_names_are_any_bytes_are_mapped_again() {
+    let Some((host, mut worker)) = start() else { return };
+    worker.ask(
+        "import mmap
+names = [b'/srv/caf\\xe9\\xff', b'/srv/a\\nb', '/srv/\\uf7e9'.encode()]
+shared = []
+for n, name in enumerate(names):
+    with open(name, 'w+b') as one: one.write(b'%d' % n + bytes(4095)); one.flush(); shared.append(mmap.mmap(one.fileno(), 4096))
+def look(): return [one[:1].decode() for one in shared]",
+    );
+    let id = checkpoint(&host);
+    for change in ["for one in shared: one[:1] = b'x'", "for one in shared: one.close()"] {
+        worker.ask(change);
+        roll_back(&host, &id);
+        assert_eq!(worker.ask("look()"), json!(["0", "1", "2"]), "after {change}");
+        assert_eq!(worker.ask("[open(name, 'rb').read(1).decode() for name in names]"), json!(["0", "1", "2"]));
+    }
+    assert!(worker.end().success());
+}

@@ -20,6 +20,7 @@ use crate::deltacr::template::{
 };
 use crate::fault;
 use crate::sandbox::root::Root;
+use crate::sys::process::set_soft_limit;
 
 /// The way back of stopped processes.
 #[derive(Debug)]
@@ -157,6 +158,7 @@ impl<'a> Return<'a> {
     pub fn restore(&mut self, stopped: &mut Stopped, now: u64, to: &Root, live: &Path) -> Result<(), MomentError> {
         self.shared.put_back().map_err(|source| MomentError::Shared { op: "put back", source })?;
         // First: limits may hinder the rest.
+        let mut lifted = Lifted::default();
         let bereft: BTreeSet<pid_t> = self.plan.ending.iter().map(|ended| ended.parent).collect();
         for ((identity, _), now) in self.plan.back.iter().zip(&self.now) {
             let Some(now) = now else { continue };
@@ -174,6 +176,7 @@ impl<'a> Return<'a> {
             {
                 past.person.put_back_from(now, stopped, identity.host)?;
             }
+            lifted.lift(identity.host)?;
         }
         let in_place = self.plan.back.iter().filter(|(_, how)| *how == How::InPlace);
         let mut family = Family {
@@ -187,7 +190,7 @@ impl<'a> Return<'a> {
         }
         let tree = Tree { then: self.moment.tree, now, root: to };
         for at in 0..self.plan.back.len() {
-            self.put_memory(stopped, at, tree, live, &mut family)?;
+            self.put_memory(stopped, at, tree, live, (&mut family, &mut lifted))?;
         }
         self.made.extend(family.reunite(stopped)?);
         let hosts = family.hosts;
@@ -208,6 +211,7 @@ impl<'a> Return<'a> {
                 end::forget_continued(stopped, *parent, child.inside)?;
             }
         }
+        hosts.values().try_for_each(|host| lifted.lower(*host))?;
         self.shared.seal().map_err(|source| MomentError::Shared { op: "seal", source })?;
         // Last: what happened so far may have made signals. Children first: they may make some for their parents.
         for ((identity, _), now) in self.plan.back.iter().zip(&self.now).rev() {
@@ -231,7 +235,7 @@ impl<'a> Return<'a> {
         at: usize,
         tree: Tree<'_>,
         live: &Path,
-        family: &mut Family<'_>,
+        (family, lifted): (&mut Family<'_>, &mut Lifted),
     ) -> Result<(), MomentError> {
         let (identity, how) = self.plan.back[at];
         let inside = identity.inside;
@@ -252,21 +256,27 @@ impl<'a> Return<'a> {
             How::Rebuild => {
                 let parent = *family.hosts.get(&identity.parent).ok_or_else(missing("has no parent"))?;
                 let above = self.moment.past(identity.parent).map(|above| &above.memory);
-                (rebuild(stopped, parent, above, &family.newborn(&identity, identity.parent), &what)?, false)
+                let made = rebuild(stopped, parent, above, &family.newborn(&identity, identity.parent), &what)?;
+                lifted.inherited(made, parent);
+                (made, false)
             }
             How::Orphan(Some(member)) => {
                 let maker = *family.hosts.get(&member).ok_or_else(missing("has nobody in its session"))?;
                 let above = self.moment.past(member).map(|above| &above.memory);
-                (rebuild_orphan(stopped, maker, above, &family.newborn(&identity, member), &what)?, false)
+                let made = rebuild_orphan(stopped, maker, above, &family.newborn(&identity, member), &what)?;
+                lifted.inherited(made, maker);
+                (made, false)
             }
         };
         if is_done {
             return Ok(());
         }
         // Threads that were just made are not yet who they were.
+        lifted.lower(host)?;
         let now = Person::read(stopped, host)?;
         past.person.put_back_from(&now, stopped, host)?;
         self.now[at] = Some(now);
+        lifted.lift(host)?;
         if how != How::InPlace {
             let made = Identity::read(host).map_err(process("identify", host))?;
             if (made.inside, made.parent, made.session) != (inside, identity.parent, identity.session) {
@@ -292,6 +302,31 @@ impl Past {
 impl Moment {
     fn past(&self, inside: pid_t) -> Option<&Past> {
         self.processes.iter().find(|past| past.identity.inside == inside)
+    }
+}
+
+/// Soft limits on descriptors that were lifted, by host PID: handing over takes some, and those that were open when the limit
+/// was lowered lie beyond it. These processes are bound to the engine, and die with it.
+#[derive(Debug, Default)]
+struct Lifted(BTreeMap<pid_t, u64>);
+
+impl Lifted {
+    fn lift(&mut self, host: pid_t) -> Result<(), MomentError> {
+        let soft = set_soft_limit(host, libc::RLIMIT_NOFILE, u64::MAX).map_err(process("lift the limits of", host))?;
+        self.0.insert(host, soft);
+        Ok(())
+    }
+
+    /// A child has the lifted limit of its maker.
+    fn inherited(&mut self, child: pid_t, maker: pid_t) {
+        if let Some(soft) = self.0.get(&maker) {
+            self.0.insert(child, *soft);
+        }
+    }
+
+    fn lower(&mut self, host: pid_t) -> Result<(), MomentError> {
+        let Some(soft) = self.0.remove(&host) else { return Ok(()) };
+        set_soft_limit(host, libc::RLIMIT_NOFILE, soft).map(drop).map_err(process("put back the limits of", host))
     }
 }
 

@@ -287,14 +287,17 @@ impl Finder<'_> {
 }
 
 fn has_locked_memory(tid: pid_t) -> io::Result<bool> {
-    let status = fs::read_to_string(format!("/proc/{tid}/status"))?;
+    let status = fs::read(format!("/proc/{tid}/status"))?;
+    let status = String::from_utf8_lossy(&status);
     let locked = status.lines().find_map(|line| line.strip_prefix("VmLck:"));
     Ok(locked.is_some_and(|rest| rest.split_ascii_whitespace().next() != Some("0")))
 }
 
 /// Reads which mappings are mlocked: a walk over all memory of the process, so only done where something is.
 fn mark_locked(tid: pid_t, mappings: &mut [Mapping]) -> io::Result<()> {
-    let smaps = fs::read_to_string(format!("/proc/{tid}/smaps"))?;
+    // Names are any bytes.
+    let smaps = fs::read(format!("/proc/{tid}/smaps"))?;
+    let smaps = String::from_utf8_lossy(&smaps);
     let mut start = None;
     for line in smaps.lines() {
         if let Some(flags) = line.strip_prefix("VmFlags:") {

@@ -121,6 +121,27 @@ impl Mapping {
         self.inode != 0
     }
 
+    /// The path that its name stands for. A line end in it was shown as `\012` by the kernel, and so is that itself: then there
+    /// are two.
+    pub(super) fn paths(&self) -> Vec<Vec<u8>> {
+        let mut path = Vec::with_capacity(self.name.len());
+        for letter in self.name.chars() {
+            match u32::from(letter).checked_sub(BYTES).and_then(|byte| u8::try_from(byte).ok()) {
+                Some(byte) => path.push(byte),
+                None => path.extend(letter.encode_utf8(&mut [0; 4]).as_bytes()),
+            }
+        }
+        let Some(at) = path.windows(4).position(|four| four == br"\012") else { return vec![path] };
+        let mut with_lines = path[..at].to_vec();
+        let mut rest = &path[at..];
+        while let Some((first, more)) = rest.split_first() {
+            let is_line = rest.starts_with(br"\012");
+            with_lines.push(if is_line { b'\n' } else { *first });
+            rest = if is_line { &rest[4..] } else { more };
+        }
+        vec![path, with_lines]
+    }
+
     /// Says of shared mappings of files on devices (the kernel's numbers of them) that they are in the tree, unless those
     /// have no name there (any more).
     pub(super) fn mark_tree(mappings: &mut [Self], devices: &[u64]) {
@@ -155,13 +176,34 @@ impl Mapping {
 /// Reads all mappings with their flags. The kernel walks all pages for it (measured: `docs/templates.md`).
 pub fn read_smaps(pid: pid_t) -> io::Result<Vec<Mapping>> {
     let bytes = fs::read(format!("/proc/{pid}/smaps"))?;
-    parse(&String::from_utf8_lossy(&bytes)).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    parse(&legible(&bytes)).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 /// Reads all mappings; nothing is known of what was advised.
 pub(in crate::deltacr) fn read_maps(pid: pid_t) -> io::Result<Vec<Mapping>> {
     let bytes = fs::read(format!("/proc/{pid}/maps"))?;
-    parse(&String::from_utf8_lossy(&bytes)).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    parse(&legible(&bytes)).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// With what a byte that is no text stands for itself: U+F780 to U+F7FF, whose own bytes are written so too.
+const BYTES: u32 = 0xf700;
+
+/// Names of files are any bytes: those that are no text are written in a way that can be undone.
+fn legible(bytes: &[u8]) -> String {
+    let is_own = |letter: char| (BYTES..BYTES + 256).contains(&u32::from(letter));
+    let byte = |byte: &u8| char::from_u32(BYTES + u32::from(*byte)).unwrap_or(char::REPLACEMENT_CHARACTER);
+    let mut text = String::with_capacity(bytes.len());
+    for chunk in bytes.utf8_chunks() {
+        for letter in chunk.valid().chars() {
+            if is_own(letter) {
+                text.extend(letter.encode_utf8(&mut [0; 4]).as_bytes().iter().map(byte));
+            } else {
+                text.push(letter);
+            }
+        }
+        text.extend(chunk.invalid().iter().map(byte));
+    }
+    text
 }
 
 fn parse(text: &str) -> Option<Vec<Mapping>> {
@@ -249,6 +291,18 @@ VmFlags: ex
         assert_eq!((read[2].name.as_str(), read[2].protection), ("", 0));
         let advice = [Advice::DontFork, Advice::WipeOnFork, Advice::Locked, Advice::DontDump];
         assert_eq!(read[2].advice, advice.into_iter().collect());
+    }
+
+    #[test]
+    fn names_that_are_no_text_lead_back_to_their_bytes() {
+        let named = |name: &[u8]| {
+            let line = [b"1000-2000 rw-s 00000000 fe:00 7   ", name, b"\n"].concat();
+            parse(&legible(&line)).expect("a mapping").remove(0).paths()
+        };
+        for name in ["/a b".as_bytes(), b"/caf\xe9\xff", "/\u{f7e9}é".as_bytes(), b"/\xef\x9e\xe9"] {
+            assert_eq!(named(name), [name]);
+        }
+        assert_eq!(named(br"/a\012b\012"), [br"/a\012b\012".to_vec(), b"/a\nb\n".to_vec()]);
     }
 
     #[test]

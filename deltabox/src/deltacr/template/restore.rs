@@ -29,7 +29,7 @@ use crate::deltacr::inject::{Call, Hand};
 use crate::deltacr::shared::Present;
 use crate::deltacr::stop::Stopped;
 use crate::sandbox::root::Root;
-use crate::sys::process::set_lock_limit;
+use crate::sys::process::set_soft_limit;
 
 /// So often the mappings are looked at again (chosen: one look more than any known cause needs).
 const N_ATTEMPTS: usize = 3;
@@ -455,9 +455,9 @@ impl<'a> Room<'a> {
         // process with it.)
         let locks = steps.iter().any(|(_, step)| matches!(step, Step::Lock | Step::LockOnFault));
         let failed = process("change the limits of", pid);
-        let limit = locks.then(|| set_lock_limit(pid, u64::MAX)).transpose().map_err(failed)?;
+        let limit = locks.then(|| set_soft_limit(pid, libc::RLIMIT_MEMLOCK, u64::MAX)).transpose().map_err(failed)?;
         let results = hand.run(&calls);
-        limit.map(|limit| set_lock_limit(pid, limit)).transpose().map_err(failed)?;
+        limit.map(|limit| set_soft_limit(pid, libc::RLIMIT_MEMLOCK, limit)).transpose().map_err(failed)?;
         let results = results?;
         for (result, call) in results.iter().zip(&calls) {
             check(pid, name_of(call), *result)?;

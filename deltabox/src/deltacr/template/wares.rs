@@ -150,8 +150,14 @@ impl Wares {
 
 /// Opens a file of the tree as it was open for the mapping.
 fn open_in(root: &Root, mapping: &Mapping) -> io::Result<File> {
-    let path = CString::new(mapping.name.as_bytes())?;
-    Ok(File::from(root.open(&path, access(mapping))?))
+    let mut opened = Err(io::ErrorKind::NotFound.into());
+    for path in mapping.paths() {
+        opened = root.open(&CString::new(path)?, access(mapping)).map_err(io::Error::from);
+        if opened.is_ok() {
+            break;
+        }
+    }
+    opened.map(File::from)
 }
 
 /// The same with a file that is open for both.
