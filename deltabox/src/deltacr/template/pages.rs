@@ -72,7 +72,7 @@ pub(super) fn find(
     let suspect = without(&watched, equal);
     let no_guards = Vec::new();
     let is = known.map_or(&no_guards, |known| &known.guards);
-    let was = if suspect.is_empty() { Vec::new() } else { within(&suspect, &source.guards(&had)?) };
+    let was = if suspect.is_empty() { Vec::new() } else { within(&suspect, source.guards(&had)?) };
     let mut bared = union(&found.bared, &within(&suspect, &without(is, &was)));
     bared.extend(guards(present, &dropped)?);
     Ok(Differences {
