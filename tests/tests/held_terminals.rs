@@ -49,7 +49,7 @@ fn at_terminal<R: Send>(host: &Host, shell: i32, work: impl FnOnce(Pair<'_>) -> 
     let own = fs::read_to_string(format!("/proc/{shell}/cgroup")).expect("cgroup");
     let own = own.lines().find_map(|line| line.strip_prefix("0::/")).expect("a cgroup of version 2");
     let group: PathBuf = Hierarchies::find().expect("cgroups").unified.join(own);
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(30);
     let request = Request { group: &group, excluded: &[init], deadline };
     while_stopped(request, |_| {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
@@ -83,7 +83,7 @@ fn what_was_typed_ahead_in_a_sandbox_outlives_a_look_and_comes_back() {
     let (shell, shell_inside) = find(&host, "bash --norc");
     screen.type_in("cat\r");
     screen.until("\r\n");
-    deltabox_tests::wait_within(10, "cat", || host.cli(["ps", "a"]).ok().contains("cat"));
+    deltabox_tests::wait_within(60, "cat", || host.cli(["ps", "a"]).ok().contains("cat"));
     let (_, cat) = find(&host, "cat");
     screen.type_in("half");
     screen.until("half");
@@ -97,7 +97,7 @@ fn what_was_typed_ahead_in_a_sandbox_outlives_a_look_and_comes_back() {
     screen.resize(30, 100);
     // Seen by init and not by the shell alone: its size is the terminal's.
     let is_resized = |pair: Pair<'_>| window_size(pair.master).is_ok_and(|size| size == (30, 100));
-    deltabox_tests::wait_within(10, "a size", || at_terminal(&host, shell, is_resized));
+    deltabox_tests::wait_within(60, "a size", || at_terminal(&host, shell, is_resized));
     at_terminal(&host, shell, |pair| {
         let taken = record.make(pair.devpts).map(drop);
         assert!(matches!(taken, Err(ObjectError::Refused(ObjectRefusal::TerminalTaken { index: 0 }))));

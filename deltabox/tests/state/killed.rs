@@ -17,7 +17,7 @@ fn engine_that_will_be_killed() {
     let pid: libc::pid_t = std::env::var("DELTABOX_TEST_PID").expect("a process").parse().expect("a pid");
     let person: Person = serde_json::from_str(&record).expect("a record");
     let request =
-        Request { group: Path::new(&group), excluded: &[], deadline: Instant::now() + Duration::from_secs(20) };
+        Request { group: Path::new(&group), excluded: &[], deadline: Instant::now() + Duration::from_secs(30) };
     while_stopped(request, |stopped| person.put_back(stopped, pid)).expect("stop").expect("put back");
 }
 

@@ -25,7 +25,7 @@ fn measure_one<R: Send>(target: &mut Target, what: &str, change: bool, work: imp
         if change {
             assert_eq!(tell(target, b'm'), "ok");
         }
-        let timed = tracer.while_stopped(target.group.request(Duration::from_secs(20)), |stopped| {
+        let timed = tracer.while_stopped(target.group.request(Duration::from_secs(30)), |stopped| {
             let begin = Instant::now();
             work(stopped);
             begin.elapsed()

@@ -282,7 +282,7 @@ fn a_record_has_numbers_as_inside() {
 fn a_process_whose_first_thread_has_ended_is_read_by_another() {
     use std::time::{Duration, Instant};
     let target = Target::start("waits", "late-leader");
-    let (pid, end) = (target.pid(), Instant::now() + Duration::from_secs(10));
+    let (pid, end) = (target.pid(), Instant::now() + Duration::from_secs(30));
     while target.state() != "Z" {
         assert!(Instant::now() < end, "the first thread does not end");
         std::thread::yield_now();

@@ -21,7 +21,7 @@ fn engine_that_will_be_killed() {
     println!("engine begins");
     loop {
         let request =
-            Request { group: Path::new(&group), excluded: &[], deadline: Instant::now() + Duration::from_secs(20) };
+            Request { group: Path::new(&group), excluded: &[], deadline: Instant::now() + Duration::from_secs(30) };
         let stopped = while_stopped(request, |stopped| {
             let mut hand = stopped.hand(pid).expect("a hand");
             let calls = [Call { nr: libc::SYS_getpid, args: [0; 6] }; 20];
@@ -173,7 +173,7 @@ fn engine_that_blocks() {
     };
     let pid: libc::pid_t = pid.parse().expect("a pid");
     let request =
-        Request { group: Path::new(&group), excluded: &[], deadline: Instant::now() + Duration::from_secs(20) };
+        Request { group: Path::new(&group), excluded: &[], deadline: Instant::now() + Duration::from_secs(30) };
     let _ = while_stopped(request, |stopped| stopped.hand(pid).expect("a hand").call(libc::SYS_pause, [0; 6]));
 }
 
@@ -183,7 +183,7 @@ fn an_orphan_blocked_in_an_injected_call_is_found_at_a_stop_without_a_hand() {
     let mut engine =
         engine("killed::engine_that_blocks", &target).stdout(Stdio::null()).spawn().expect("start an engine");
     let pause = format!("{} ", libc::SYS_pause);
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + Duration::from_secs(30);
     while !std::fs::read_to_string(format!("/proc/{}/syscall", target.pid())).expect("syscall").starts_with(&pause) {
         assert!(Instant::now() < end, "no injected call");
         std::thread::yield_now();

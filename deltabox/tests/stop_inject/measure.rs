@@ -7,7 +7,7 @@ use deltabox::deltacr::stop::{Stopped, Tracer};
 
 use crate::target::Target;
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Not a test: prints the numbers of docs/stop-and-inject.md. Run with `--release --ignored --nocapture`.
 #[test]

@@ -52,14 +52,14 @@ impl Group {
     }
 
     pub(crate) fn stopped<R: Send>(&self, work: impl FnOnce(&mut Stopped) -> R + Send) -> R {
-        while_stopped(self.request(Duration::from_secs(20)), work).expect("stop")
+        while_stopped(self.request(Duration::from_secs(30)), work).expect("stop")
     }
 }
 
 impl Drop for Group {
     fn drop(&mut self) {
         let _ = std::fs::write(self.0.join("cgroup.kill"), "1");
-        let end = Instant::now() + Duration::from_secs(5);
+        let end = Instant::now() + Duration::from_secs(30);
         while remove_tree(&self.0).is_err() && Instant::now() < end {
             std::thread::yield_now();
         }
@@ -161,7 +161,7 @@ impl Target {
             hand.close().expect("close");
             true
         };
-        tracer.while_stopped(self.group.request(Duration::from_secs(20)), work).expect("stop")
+        tracer.while_stopped(self.group.request(Duration::from_secs(30)), work).expect("stop")
     }
 
     /// Whether it says something, or ends, within this time.

@@ -20,7 +20,7 @@ fn ends(mode: &str) {
         if n_stops % 2 == 0 {
             target.disturb_by(&mut tracer);
         } else {
-            tracer.while_stopped(target.group.request(Duration::from_secs(20)), |_| ()).expect("stop");
+            tracer.while_stopped(target.group.request(Duration::from_secs(30)), |_| ()).expect("stop");
         }
         n_stops += 1;
     }
@@ -69,7 +69,7 @@ fn stops_without_memory_begin_a_timeout_anew() {
     let begin = Instant::now();
     while begin.elapsed() < Duration::from_millis(700) {
         assert!(!target.speaks_within(PERIOD), "it ended, or saw the stop");
-        while_stopped(target.group.request(Duration::from_secs(20)), |_| ()).expect("stop");
+        while_stopped(target.group.request(Duration::from_secs(30)), |_| ()).expect("stop");
     }
     assert_eq!(target.finish(), "ok");
 }

@@ -21,7 +21,7 @@ fn a_process_stopped_by_job_control_stays_stopped_and_continues() {
     nix::sys::wait::waitpid(pid, Some(nix::sys::wait::WaitPidFlag::WUNTRACED)).expect("it stops");
     for _ in 0..n_rounds() {
         assert!(target.disturb(), "the program ended");
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + Duration::from_secs(30);
         while target.state() != "T" {
             assert!(Instant::now() < end, "state {} after a stop", target.state());
             std::thread::yield_now();
@@ -36,7 +36,7 @@ fn a_process_stopped_by_job_control_stays_stopped_and_continues() {
 fn a_process_traced_inside_is_refused_and_undisturbed() {
     let mut target = Target::start("waits", "traced");
     for _ in 0..n_rounds() {
-        match while_stopped(target.group.request(Duration::from_secs(20)), |_| ()) {
+        match while_stopped(target.group.request(Duration::from_secs(30)), |_| ()) {
             Err(StopError::Refused(StopRefusal::TracedInside { tracer, .. })) => assert_eq!(tracer, target.pid()),
             other => panic!("{other:?}"),
         }
@@ -68,7 +68,7 @@ fn a_vfork_in_flight_is_waited_for() {
         while target.state() != "D" {
             std::thread::yield_now();
         }
-        let request = target.group.request(Duration::from_secs(20));
+        let request = target.group.request(Duration::from_secs(30));
         let mut input = target.input.take().expect("an input");
         let n_threads = std::thread::scope(|scope| {
             let stop = scope.spawn(|| while_stopped(request, |stopped| stopped.n_threads()));
@@ -125,7 +125,7 @@ fn disturb_all(target: &Target, tracer: &mut Tracer) {
         }
         pids.len()
     };
-    let n = tracer.while_stopped(target.group.request(Duration::from_secs(20)), work).expect("stop");
+    let n = tracer.while_stopped(target.group.request(Duration::from_secs(30)), work).expect("stop");
     assert_eq!(n, 3);
 }
 
@@ -151,7 +151,7 @@ fn a_background_process_that_its_terminal_stopped_stays_so_and_comes_back() {
 fn a_refused_stop_interrupts_no_call_of_other_processes() {
     let mut target = Target::start("trouble", "traced-epoll");
     for _ in 0..n_rounds() {
-        match while_stopped(target.group.request(Duration::from_secs(20)), |_| ()) {
+        match while_stopped(target.group.request(Duration::from_secs(30)), |_| ()) {
             Err(StopError::Refused(StopRefusal::TracedInside { .. })) => {}
             other => panic!("{other:?}"),
         }

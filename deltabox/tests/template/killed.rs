@@ -22,7 +22,7 @@ fn engine_that_will_be_killed() {
     let group = Path::new(&group);
     loop {
         let freezer = Freezer::create(group, NAME).expect("a cgroup");
-        let stop = Stop { group, excluded: &[], deadline: Instant::now() + Duration::from_secs(20) };
+        let stop = Stop { group, excluded: &[], deadline: Instant::now() + Duration::from_secs(30) };
         let made = while_stopped(stop, |stopped| Template::make(stopped, pid, freezer, &Request::default()));
         let (template, _) = made.expect("stop").expect("a template");
         template.remove(PATIENCE).expect("remove");

@@ -26,7 +26,7 @@ use nix::unistd::Pid;
 
 use target::Target;
 
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A program of which templates are made. This process is their parent, as init is in a sandbox.
 pub(crate) struct Subject(pub(crate) Target, Option<libc::pid_t>);

@@ -192,7 +192,7 @@ while True:
     elif letter == 'c':
         assert threading.active_count() == 6 and all(count is None for count in counts.values())
         for k in orders: orders[k].put('t')
-        for k in orders: answers.get(timeout=20)
+        for k in orders: answers.get(timeout=60)
         assert counts == {k: 100 * k + 1 for k in range(5)}, counts
     else: break
     print('ok', flush=True)

@@ -41,7 +41,7 @@ fn a_checkpoint_that_fails_at_any_step_leaves_the_program_and_nothing_else() {
         assert_eq!(failed.code(), 1, "{fault}: {failed:?}");
         let message = failed.error()["message"].as_str().expect("a message").to_owned();
         assert!(message.contains(fault), "{message}");
-        wait_within(10, "its templates are gone", || templates(&host).is_empty());
+        wait_within(60, "its templates are gone", || templates(&host).is_empty());
         assert_eq!(
             worker.ask("f.write('two'); f.flush(); [n, open('/srv/f').read()]"),
             json!([1, "onetwo"]),
@@ -259,7 +259,7 @@ fn a_copy_of_a_file_without_a_name_that_fails_leaves_everything_as_it_was() {
             assert_eq!(failed.code(), 1, "{fault}: {failed:?}");
             let message = failed.error()["message"].as_str().expect("a message").to_owned();
             assert!(message.contains(fault), "{message}");
-            wait_within(10, "its templates are gone", || templates(&host).is_empty());
+            wait_within(60, "its templates are gone", || templates(&host).is_empty());
             assert_eq!(worker.ask(STATE), json!([1, "one", "one"]), "{fault}");
         }
         assert_eq!(left_beside(&host), Vec::<String>::new(), "{fault}");

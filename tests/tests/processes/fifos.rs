@@ -145,7 +145,7 @@ fn a_program_that_has_ended_since_meets_who_lives() {
     let id = checkpoint(&host);
     for _ in 0..2 {
         host.sh("box", &format!("kill -9 {pid} || true")).ok();
-        wait_within(10, "it has ended", || host.sh("box", &format!("test -e /proc/{pid}")).code() == 1);
+        wait_within(60, "it has ended", || host.sh("box", &format!("test -e /proc/{pid}")).code() == 1);
         roll_back(&host, &id);
         host.sh("box", "touch /srv/go").ok();
         let both = "text = b''\nwhile len(text) < 12: text += os.read(r, 100)\ntext.decode()";
@@ -202,7 +202,7 @@ def waiting():
         except OSError: pass
     return n";
     worker.ask(waits);
-    wait_within(10, "both wait", || worker.ask("waiting()") == json!(2) || worker.ask("waiting()") == json!(0));
+    wait_within(60, "both wait", || worker.ask("waiting()") == json!(2) || worker.ask("waiting()") == json!(0));
     let id = checkpoint(&host);
     for _ in 0..2 {
         assert_eq!(host.sh("box", "printf hello > /srv/fifo; cat /srv/other").ok(), "written");

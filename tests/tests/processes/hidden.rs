@@ -47,7 +47,7 @@ impl Steady {
         let put = "printf '%s\\n' \"$1\" > /srv/question.new && mv /srv/question.new /srv/question";
         self.host.cli(["exec", "box", "--", "sh", "-c", put, "sh", &question]).ok();
         let mut answer = Value::Null;
-        wait_within(20, "an answer", || {
+        wait_within(60, "an answer", || {
             let text = fs::read(self.host.inside("box", "/srv/answer")).unwrap_or_default();
             answer = serde_json::from_slice(&text).unwrap_or_default();
             answer[0] == json!(self.n_asked)
@@ -67,7 +67,7 @@ impl Steady {
         attack(&self.host);
         if how == "fork" {
             // Killed is not ended yet.
-            wait_within(10, "all have ended but init", || n_processes(&self.host) == 1);
+            wait_within(60, "all have ended but init", || n_processes(&self.host) == 1);
         }
         let report = roll_back(&self.host, id);
         assert_eq!(report["processes"][0]["how"], json!(how), "{report}");
@@ -182,7 +182,7 @@ fn nobody_sees_a_template() {
     for id in ["c1", "c2", "c3"] {
         steady.host.cli(["rm", &format!("box@{id}")]).ok();
     }
-    wait_within(10, "templates have ended", || hidden(&steady.host).is_empty());
+    wait_within(60, "templates have ended", || hidden(&steady.host).is_empty());
     assert_eq!(covers(), "0");
 }
 
@@ -210,7 +210,7 @@ fn no_program_waits_for_a_template() {
     assert_eq!(worker.ask(wait), nobody);
     // Init reaps what it does not know, and knows its commands.
     host.cli(["rm", &format!("box@{id}")]).ok();
-    wait_within(10, "the template has ended", || hidden(&host).is_empty());
+    wait_within(60, "the template has ended", || hidden(&host).is_empty());
     assert_eq!(host.sh("box", "exit 7").code(), 7);
     assert!(worker.end().success());
 }
@@ -279,10 +279,10 @@ fn an_engine_that_dies_while_numbers_are_raised_leaves_them_as_they_were() {
         assert_ne!(steady.host.cli(["checkpoint", "box"]).code(), 0, "{fault}");
         steady.host.wait_daemon();
         // Nobody has to come for that.
-        wait_within(10, "init has put it back", || pid_max() == FIRST_HIDDEN.to_string());
+        wait_within(60, "init has put it back", || pid_max() == FIRST_HIDDEN.to_string());
         steady.host = steady.host.restart_without_faults();
         assert_eq!(steady.ask("", "n"), json!(1), "{fault}");
-        wait_within(10, "its templates are gone", || hidden(&steady.host).is_empty());
+        wait_within(60, "its templates are gone", || hidden(&steady.host).is_empty());
         let own: u64 = steady.host.sh("box", "echo $$").ok().parse().expect("a number");
         assert!(own < FIRST_HIDDEN, "{own} after {fault}");
         let id = checkpoint(&steady.host);
@@ -340,7 +340,7 @@ fn a_kill_of_everyone_does_and_says_what_it_does_without_a_filter() {
     host.cli(["exec", "-d", "box", "--", "sleep", "1000"]).ok();
     checkpoint(&host);
     host.cli(["exec", "box", "--", "pkill", "sleep"]).ok();
-    wait_within(10, "it is alone", || n_processes(&host) == 1);
+    wait_within(60, "it is alone", || n_processes(&host) == 1);
     let here = host.cli(["exec", "box", "--", "/usr/bin/python3", "-c", EVERYONE]);
     assert_eq!(here.stdout, plain, "{}", here.stderr);
 }
@@ -389,7 +389,7 @@ for me in range(3):
     let mut id = checkpoint(&host);
     for round in 0..30 {
         let before = counts();
-        wait_within(20, "each of them goes on", || {
+        wait_within(60, "each of them goes on", || {
             let now = counts();
             assert_eq!(now[3..], [0, 0, 0], "a call failed, in round {round}");
             now[..3].iter().zip(&before).all(|(now, before)| now > before)

@@ -167,7 +167,7 @@ lives = subprocess.Popen(['sleep', '100000'])",
         left.is_empty()
     };
     // What goes in the background has so long.
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + Duration::from_secs(30);
     while !is_same() && Instant::now() < end {
         std::thread::sleep(Duration::from_millis(50));
     }

@@ -25,7 +25,7 @@ fn templates(host: &Host) -> BTreeMap<String, Option<i32>> {
 fn lose(template: Option<i32>) {
     let pid = template.expect("a template");
     kill(Pid::from_raw(pid), Signal::SIGKILL).expect("kill a template");
-    wait_within(10, "a template is gone", || !PathBuf::from(format!("/proc/{pid}")).exists());
+    wait_within(60, "a template is gone", || !PathBuf::from(format!("/proc/{pid}")).exists());
 }
 
 fn has(host: &Host, n: usize) -> bool {
@@ -68,7 +68,7 @@ fn who_only_waited_is_held_once() {
     }
     // Whoever removes the first one leaves to the others what is theirs.
     host.cli(["rm", &format!("box@{base}")]).ok();
-    wait_within(10, "the worker's first template is gone", || has(&host, 7));
+    wait_within(60, "the worker's first template is gone", || has(&host, 7));
     for (n, to) in [(1, 0), (4, 3), (2, 1)] {
         roll_back(&host, &later[to]);
         assert_eq!(worker.ask("n"), n);
@@ -92,7 +92,7 @@ fn who_only_waited_is_held_once() {
         assert!(!has(&host, 0), "{n}");
         host.cli(["rm", &format!("box@{one}")]).ok();
     }
-    wait_within(10, "no template is left", || templates(&host).is_empty());
+    wait_within(60, "no template is left", || templates(&host).is_empty());
 }
 
 /// A refused checkpoint: what is said, and what to do.
@@ -139,7 +139,7 @@ fn a_sandbox_has_no_more_templates_than_it_may() {
     let (message, hint) = refused(&host, "box");
     assert!(message.contains("needs more than 1 new templates"), "{message}");
     assert!(hint.contains("--pool-templates"), "{hint}");
-    wait_within(10, "the templates of the refused checkpoint are gone", || has(&host, 2));
+    wait_within(60, "the templates of the refused checkpoint are gone", || has(&host, 2));
     worker.ask("[one.kill() or one.wait() for one in others]; n = 7");
     let last = checkpoint(&host);
     worker.ask("n = 8");
@@ -244,7 +244,7 @@ fn a_lost_template_is_told_and_concerns_its_checkpoints_alone() {
     worker.ask("n = 5");
     roll_back(&host, &new);
     assert_eq!(worker.ask("[n, len(waiting())]"), json!([4, 1]));
-    wait_within(10, "what is of no use is gone", || has(&host, 2));
+    wait_within(60, "what is of no use is gone", || has(&host, 2));
     assert!(worker.end().success());
 }
 
@@ -269,7 +269,7 @@ fn a_template_that_is_lost_in_the_middle_of_a_rollback_costs_the_processes_and_n
         stat[stat.rfind(')').expect("a name")..].starts_with(") T")
     };
     let mut rollback = host.command(["--json", "rollback", "box", &first]).spawn().expect("a rollback");
-    wait_within(10, "the daemon stands in the middle of it", stands);
+    wait_within(60, "the daemon stands in the middle of it", stands);
     lose(lost);
     resume();
     // It stops at the second attempt too.
@@ -313,7 +313,7 @@ fn an_engine_that_dies_while_templates_are_shared_loses_none_that_a_checkpoint_h
         assert_ne!(host.cli(["checkpoint", "box"]).code(), 0, "{fault}");
         host.wait_daemon();
         let host = host.restart_without_faults();
-        wait_within(10, "only templates of checkpoints are there", || {
+        wait_within(60, "only templates of checkpoints are there", || {
             let n_kept = host.cli(["--json", "tree", "box"]).json()["checkpoints"].as_array().map_or(0, Vec::len);
             has(&host, 1 + n_kept)
         });

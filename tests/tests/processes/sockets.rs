@@ -162,7 +162,7 @@ thread = threading.Thread(target=run); thread.start()",
     for _ in 0..5 {
         let id = checkpoint(&host);
         roll_back(&host, &id);
-        wait_within(10, "it goes on", || {
+        wait_within(60, "it goes on", || {
             let laps = worker.ask("laps").as_u64().expect("a number");
             std::mem::replace(&mut last, laps) < laps
         });

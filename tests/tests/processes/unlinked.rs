@@ -220,7 +220,7 @@ def serve():
 fn ask_by_file(host: &Host, python: &str) -> Value {
     host.sh("box", &format!("rm -f /srv/answer; echo {} > /srv/ask.new; mv /srv/ask.new /srv/ask", quoted(python)))
         .ok();
-    wait_within(10, "the program answers", || host.sh("box", "test -e /srv/answer").code() == 0);
+    wait_within(60, "the program answers", || host.sh("box", "test -e /srv/answer").code() == 0);
     serde_json::from_str(&host.sh("box", "cat /srv/answer").ok()).expect("an answer")
 }
 
@@ -249,7 +249,7 @@ os.getpid()",
             json!([5, null, "A"])
         );
         host.sh("box", &format!("kill -9 {pid}")).ok();
-        wait_within(10, "it has ended", || host.sh("box", &format!("test -e /proc/{pid}")).code() == 1);
+        wait_within(60, "it has ended", || host.sh("box", &format!("test -e /proc/{pid}")).code() == 1);
         let report = roll_back(&host, &id);
         assert_eq!(report["processes"][0]["how"], json!("fork"), "{report}");
         assert_eq!(ask_by_file(&host, look), before, "round {round}");
