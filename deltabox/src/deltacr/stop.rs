@@ -285,7 +285,8 @@ impl Stopped {
         let deadline = Instant::now() + ORPHAN_PATIENCE;
         let failed = |op: &'static str, tid| move |source: io::Error| StopError::Thread { op, pid, tid, source };
         let Some(process) = self.processes.iter_mut().find(|process| process.pid == pid) else { return Ok(()) };
-        // A thread that the other engine was about to end.
+        let is_alone = process.threads.len() == 1;
+        // A thread that the other engine was about to end, or its helper, which is one process.
         let mut ended = Vec::new();
         'threads: for thread in process.threads.iter_mut().filter(|thread| is_injected(thread.registers.rip)) {
             let tid = thread.tid;
@@ -305,7 +306,7 @@ impl Stopped {
                 self.alarm.deafen().map_err(failed("time", tid))?;
                 match halt? {
                     Halt::Halted { .. } => thread.halted = true,
-                    Halt::Ended if tid != pid => {
+                    Halt::Ended if tid != pid || is_alone => {
                         ended.push(tid);
                         continue 'threads;
                     }
@@ -320,6 +321,7 @@ impl Stopped {
             }
         }
         process.threads.retain(|thread| !ended.contains(&thread.tid));
+        self.processes.retain(|process| !process.threads.is_empty());
         Ok(())
     }
 
@@ -413,9 +415,9 @@ fn stop(stopped: &mut Stopped, request: Request<'_>) -> Result<(), StopError> {
 /// Lets threads that are in injected code of a dead engine (blocked in a call, or stopped by job control) run out of it,
 /// so that the registers of all threads are their own.
 fn finish_all_orphans(stopped: &mut Stopped) -> Result<(), StopError> {
-    for at in 0..stopped.processes.len() {
-        let process = &stopped.processes[at];
-        let (pid, tid) = (process.pid, process.threads[0].tid);
+    let first = |process: &Process| Some((process.pid, process.threads.first()?.tid));
+    let firsts: Vec<_> = stopped.processes.iter().filter_map(first).collect();
+    for (pid, tid) in firsts {
         let failed = |source| StopError::Thread { op: "look for injected code in", pid, tid, source };
         let memory = Memory::of(pid, tid);
         let looked = Place::find(pid, tid, &memory).and_then(|place| match place {

@@ -468,7 +468,7 @@ def look():
 def settle():
     # Until nothing has changed for a while.
     before, since = None, time.monotonic()
-    while time.monotonic() - since < 0.15:
+    while time.monotonic() - since < 0.4:
         now = look()
         if now != before: before, since = now, time.monotonic()
         time.sleep(0.01)
